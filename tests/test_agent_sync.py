@@ -435,8 +435,10 @@ class TestCancellation:
         assert all(request.cancelled for request in server.requests)
 
 
+# A program that was started in the background may have inherited that Ctrl-C is ignored.
 INTERRUPTED = """
-import asyncio, glob, os, sys, tempfile, threading
+import asyncio, glob, os, signal, sys, tempfile, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from hermes_atropos.profile import use_training_profile
 home = str(use_training_profile())
 from support import agent_on, processes, terminal, until
