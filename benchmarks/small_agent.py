@@ -134,7 +134,7 @@ async def run_bare(options: argparse.Namespace) -> dict[str, float]:
 
     def task(sandbox: Sandbox) -> None:
         for number in range(COMMANDS):
-            answer = json.loads(terminal_tool(command=command(number), task_id=sandbox.task_id))
+            answer = json.loads(terminal_tool(command=command(number), task_id=sandbox.hermes_id))
             assert answer["exit_code"] == 0, answer
 
     warm_up, *sandboxes = [Sandbox() for _ in range(options.rollouts + 1)]
