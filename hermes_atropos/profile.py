@@ -62,7 +62,8 @@ AUXILIARY = [
     *("session_search", "skills_hub", "title_generation", "triage_specifier", "tts_audio_tags", "vision"),
     "web_extract",
 ]
-NOWHERE = "{provider: custom, base_url: 'inproc://auxiliary.invalid/v1', api_key: none}"
+NOWHERE = "  {}: &nowhere {{provider: custom, base_url: 'inproc://auxiliary.invalid/v1', api_key: none}}"
+ALSO_NOWHERE = "  {}: *nowhere"  # Hermes reads the file for each agent, and this in a third of the time
 
 ENVIRONMENT = {
     "HERMES_SKIP_SSL_GUARD": "1",  # reads and checks all certificates at each construction, about 90 ms
@@ -110,7 +111,7 @@ def use_training_profile(*, context_length: int = 131072, compression: bool = Fa
     config = CONFIG.format(
         context_length=context_length,
         compression="true" if compression else "false",
-        auxiliary="\n".join(f"  {kind}: {NOWHERE}" for kind in AUXILIARY),
+        auxiliary="\n".join([NOWHERE.format(AUXILIARY[0]), *map(ALSO_NOWHERE.format, AUXILIARY[1:])]),
     )
     (home / "config.yaml").write_text(config, encoding="utf-8")
     os.environ.update(ENVIRONMENT, HERMES_HOME=str(home))

@@ -20,11 +20,11 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of token ids, special tokens included.
 
     A fast tokenizer's backend is asked directly: what `transformers` puts before it looks at each id in Python, which
-    takes longer than the decoding.
+    takes longer than the decoding. Its batch methods give up the interpreter lock.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return str(backend.decode(list(ids), skip_special_tokens=False))
+        return str(backend.decode_batch([list(ids)], skip_special_tokens=False)[0])
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
@@ -76,7 +76,8 @@ class ChunkEncoder:
     def whole(self, text: str) -> list[int]:
         """The tokenizer's own ids of a text in which special tokens are already written out."""
         if self._backend is not None:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return ids
         return self._by_transformers(text)
 
     def _by_transformers(self, text: str) -> list[int]:
