@@ -108,7 +108,7 @@ def check_tokens(result: AgentResult, requests: Sequence[ScriptedRequest]) -> No
 
     Over ``sequences`` a turn that the harness threw away is trained nowhere; over ``all_sequences`` every one is.
     """
-    answered = [request for request in requests if request.output_ids]
+    answered = [request for request in requests if request.output_ids and request.output_ids[0]]
     sampled = Counter(map(span_of, answered))  # a script may give the same answer to the same prompt twice
     assert trained_spans(result.all_sequences or result.sequences, answered) == sampled
     trained = trained_spans(result.sequences, answered)

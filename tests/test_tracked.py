@@ -13,8 +13,6 @@ import httpx
 import openai
 import pytest
 from atroposlib.envs.server_handling.server_manager import ServerManager
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 from tenacity import Future, RetryError
 from yarl import URL
@@ -658,52 +656,7 @@ async def test_finish_reasons_and_what_stands_beside_them(
     assert backend.ledger.turns[0].metadata == {"server_url": "scripted://model", **metadata}
 
 
-# ── All of it at random ──────────────────────────────────────────────────────────────────────────────────────────────
-
-TEXTS = st.one_of(
-    st.sampled_from(
-        ["", " ", "a", "a b\n\n", "naïve 🙂", "<think>\nHm.\n</think>\n\nYes", tool_call("ls", path="/ x")]
-    ),
-    st.text(max_size=12),
-)
-ACTIONS = ["go on", "go on", "go on", "tool result", "strip", "lose references", "drop", "rewrite", "resample", "other"]
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(st.sampled_from(ACTIONS), TEXTS, TEXTS, st.booleans(), st.integers(0, 99)), max_size=8))
-def test_whatever_a_harness_does_the_tokens_are_those_of_the_servers_record(steps: list[Any]) -> None:
-    replies = iter([Reply(text, finish_reason="length" if cut else "stop") for _, text, _, cut, _ in steps])
-    server = ScriptedServer(lambda _: next(replies))
-    backend = on(server)
-    messages: list[Message] = [{"role": "system", "content": "Be kind."}, user("Hi")]
-
-    async def rollout() -> None:
-        nonlocal messages
-        for action, _, text, _, choice in steps:
-            text = text.replace("<|", "< |")
-            if action == "go on":
-                messages = [*messages, user(text)]
-            elif action == "tool result":
-                messages = [*messages, {"role": "tool", "tool_call_id": "x", "name": "ls", "content": text}]
-            elif action == "strip":
-                messages = [{**message, "content": message["content"].strip()} for message in messages]
-            elif action == "lose references":
-                messages = [{key: message[key] for key in message if key != TURN_KEY} for message in messages]
-            elif action == "drop":
-                messages = [*messages[: 2 + choice % len(messages)], user(text)]
-            elif action == "rewrite":
-                messages = [*messages]
-                messages[choice % len(messages)] = {"role": "user", "content": text}
-            elif action == "other":
-                messages = [{"role": "system", "content": "You are another."}, user(text)]
-            turn = await backend.sample(messages, max_tokens=50)
-            if action == "resample" and choice % 2:
-                backend.ledger.discard(turn.ref or "", "resampled")
-            else:
-                messages = [*messages, stored(turn, turn.content or "")]
-
-    asyncio.run(rollout())
-    check_trained_once(backend, server)
+# ── The record ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_trained_once(backend: TrackedBackend, server: ScriptedServer) -> None:
