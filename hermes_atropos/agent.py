@@ -348,7 +348,11 @@ class AtroposAIAgent(AIAgent):
             rollout.cancelled = True
             self._interrupt_own()
 
-        return await run_in_rollout_thread(lambda: self._run(rollout, request, options), stop=stop)
+        def run() -> dict[str, Any]:
+            with turnstile.inside():
+                return self._run(rollout, request, options)
+
+        return await run_in_rollout_thread(run, stop=stop)
 
     def _run(self, rollout: Rollout, request: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         """Hermes' loop, on the calling thread. Whatever ends it, ``last_result`` holds what there is."""
@@ -363,8 +367,7 @@ class AtroposAIAgent(AIAgent):
     def _run_entered(self, rollout: Rollout, request: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         try:
-            with turnstile.inside():
-                result = super().run_conversation(*request, **options)
+            result = super().run_conversation(*request, **options)
         except Exception as error:
             logger.exception("the rollout failed outside a model call")
             rollout.failure = rollout.failure or error

@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
 import uuid
 from array import array
 from collections.abc import Collection, Hashable, Mapping
@@ -56,9 +55,6 @@ Message = Mapping[str, Any]
 
 # Bytes of a number in an array of type "i" or "I".
 WIDTH = array("i").itemsize
-
-# References to an attribute's list that nobody else holds, as sys.getrefcount counts them.
-UNSHARED = 2
 
 # One object per token id, shared by all ledgers: a growing list of ids then costs 8 bytes a token, not 40.
 _TOKENS: dict[int, int] = {}
@@ -246,8 +242,8 @@ class Ledger:
         # How far the last list was followed, without a choice between turns: a longer list is followed from there.
         self._walked = NOWHERE
         self._tip: Prompt | Turn | None = None
-        self._tip_ids: list[int] = []
-        self._tip_length = 0
+        # Garbage collection looks through a list each time, and at a tuple of numbers once.
+        self._tip_ids: tuple[int, ...] = ()
 
     def turn(self, ref: str) -> Turn:
         """The turn of that reference.
@@ -341,7 +337,7 @@ class Ledger:
         return prompt
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """The whole prompt, [prompt.length] int. The list is not to be altered, and stays as it is while it is held."""
+        """The whole prompt, [prompt.length] int, in a list of the caller's own."""
         return self._followed(prompt)
 
     def tail(self, prompt: Prompt, count: int) -> list[int]:
@@ -355,7 +351,7 @@ class Ledger:
 
     def prompt_ids(self, turn: Turn) -> list[int]:
         """The stream through that turn's output, in a list of the caller's own."""
-        return list(self._followed(turn))
+        return self._followed(turn)
 
     def record(
         self,
@@ -522,25 +518,20 @@ class Ledger:
     def _followed(self, goal: Prompt | Turn) -> list[int]:
         """The ids of the stream through a prompt or an answer.
 
-        The list of the last goal is kept, and grows into the next where that continues it: a copy of it, if anybody
-        still holds it. So a turn costs what is new in it, and nobody sees a list change.
+        Those of the last goal are kept, so that what continues it costs a copy and what is new.
         """
-        if len(self._tip_ids) != self._tip_length:
-            self._tip = None  # whoever it was handed to altered it, against the rule
         missing: list[Prompt | Turn] = []
         node: Prompt | Turn | None = goal
         while node is not None and node is not self._tip:
             missing.append(node)
             node = node.prompt if isinstance(node, Turn) else node.parent if node.cause is None else None
-        if node is None:
-            self._tip_ids = []
-        elif missing and sys.getrefcount(self._tip_ids) > UNSHARED:
-            self._tip_ids = self._tip_ids.copy()
+        followed = [] if node is None else list(self._tip_ids)
         for node in reversed(missing):
             ids = node.output_ids if isinstance(node, Turn) else self._unpack(node)
-            self._tip_ids.extend(map(_TOKENS.setdefault, ids, ids))
-        self._tip, self._tip_length = goal, len(self._tip_ids)
-        return self._tip_ids
+            followed.extend(map(_TOKENS.setdefault, ids, ids))
+        if missing:
+            self._tip, self._tip_ids = goal, tuple(followed)
+        return followed
 
     def _paths(self, include_discarded: bool) -> list[tuple[list[Turn], set[Turn]]]:
         """The streams as lists of turns, each with the turns that are trained there."""

@@ -158,45 +158,57 @@ async def settle(started: concurrent.futures.Future[Any], limit: float | None = 
 
 
 class Turnstile:
-    """Lets few threads at a time run Hermes' own code, so that hundreds of rollouts leave the event loop its turn.
+    """Lets one thread at a time run Hermes' own code, so that hundreds of rollouts leave the event loop its turn.
 
-    Python threads that compute share one interpreter lock; with hundreds of them ready, the event loop would wait its
-    turn behind all. A rollout thread passes through for the stretches in which Hermes computes, and steps out while it
-    waits for the model or a tool.
+    Python threads that compute share one interpreter lock. The event loop waits for as many switches of it as there are
+    threads that want it: 5 ms each, which no second thread repays. A rollout thread passes through for the stretches
+    in which Hermes computes, and steps out while it waits for the model or a tool.
+
+    Args:
+        patience_s: after so long a wait a thread goes on as if it had been its turn. Whoever is inside may wait for
+            something that nobody foresaw, such as a callback of the user's, and perhaps for that very thread.
     """
 
-    def __init__(self, places: int) -> None:
-        self._places = threading.BoundedSemaphore(places)
-        self._inside = threading.local()
+    def __init__(self, patience_s: float = 10.0) -> None:
+        self._place = threading.Lock()
+        self._patience_s = patience_s
+        self._thread = threading.local()
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Hold a place; a thread that holds one already, in a callback say, goes on with it."""
-        if getattr(self._inside, "held", False):
+        """Hold the place; a thread that holds it already, in a callback say, goes on with it."""
+        if self._held:
             yield
             return
-        with self._places:
-            self._inside.held = True
-            try:
-                yield
-            finally:
-                self._inside.held = False
-
-    @contextlib.contextmanager
-    def outside(self) -> Iterator[None]:
-        """Give this thread's place, if it holds one, to another meanwhile."""
-        if not getattr(self._inside, "held", False):
-            yield
-            return
-        self._inside.held = False
-        self._places.release()
+        self._enter()
         try:
             yield
         finally:
-            self._places.acquire()
-            self._inside.held = True
+            self._leave()
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Give the place, if this thread holds it, to another meanwhile."""
+        if not self._held:
+            yield
+            return
+        self._leave()
+        try:
+            yield
+        finally:
+            self._enter()
+
+    @property
+    def _held(self) -> bool:
+        return getattr(self._thread, "held", False)
+
+    def _enter(self) -> None:
+        self._thread.held = self._place.acquire(timeout=self._patience_s)
+
+    def _leave(self) -> None:
+        if self._held:
+            self._thread.held = False
+            self._place.release()
 
 
-#: Few enough for the event loop to get its turn, enough for commands to start while another thread computes: measured
-#: by benchmarks/soak.py and benchmarks/harness.py on two cores.
-turnstile = Turnstile(3)
+turnstile = Turnstile()

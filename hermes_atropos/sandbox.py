@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -53,6 +54,9 @@ MARKER = "HERMES_ATROPOS_SANDBOX"
 
 #: Seconds between SIGTERM and SIGKILL, so that a cancelled tool is gone within a second.
 GRACE = 0.2
+
+#: Seconds for which a command is waited for without a look at anything else.
+BRIEFLY = 0.1
 
 _in_use: dict[Path, str] = {}
 _open_tasks: set[str] = set()
@@ -114,9 +118,10 @@ class TaskEnvironment(LocalEnvironment):
         kill_processes(self.env[MARKER], self._root)
         self.cleanup()
 
-    def _wait_for_process(self, *args: Any, **options: Any) -> dict[str, Any]:
+    def _wait_for_process(self, proc: Any, *args: Any, **options: Any) -> dict[str, Any]:
         with turnstile.outside():
-            result: dict[str, Any] = super()._wait_for_process(*args, **options)
+            wait_briefly(proc.pid)
+            result: dict[str, Any] = super()._wait_for_process(proc, *args, **options)
             return result
 
     # Hermes' own way of starting a command, by a Popen that does not stop the other threads meanwhile.
@@ -134,6 +139,23 @@ class TaskEnvironment(LocalEnvironment):
                 time.sleep(0.01)
             os.killpg(group, signal.SIGKILL)
         proc.wait(timeout=1)
+
+
+def wait_briefly(pid: int) -> None:
+    """Wait for a process to end, for ``BRIEFLY`` at most: Hermes looks again and again, at first each 5 ms.
+
+    Among hundreds of commands each look would take the interpreter from those who need it.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return
+    with contextlib.suppress(OSError):
+        process = os.pidfd_open(pid)
+        try:
+            ended = select.poll()
+            ended.register(process, select.POLLIN)
+            ended.poll(BRIEFLY * 1000)
+        finally:
+            os.close(process)
 
 
 @functools.lru_cache(maxsize=8)

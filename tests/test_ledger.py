@@ -34,7 +34,6 @@ class Model:
 
     ledger: Ledger = field(default_factory=lambda: Ledger(boundaries=[END]))
     requests: list[tuple[list[int], list[int], list[float]]] = field(default_factory=list)
-    held: list[list[int]] | None = None
 
     def tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         rendered: list[int] = []
@@ -61,9 +60,7 @@ class Model:
         assert len(ids) == prompt.length
         output_ids = [100 + ord(character) for character in says] + [END]
         logprobs = [-(1 + len(self.requests) % 50 + place) / 100 for place in range(len(output_ids))]
-        self.requests.append((list(ids), output_ids, logprobs))
-        if self.held is not None:
-            self.held.append(ids)
+        self.requests.append((ids, output_ids, logprobs))
         return self.ledger.record(prompt, output_ids, logprobs, "stop", echo=ids)
 
 
@@ -358,16 +355,6 @@ def test_a_list_that_was_handed_out_and_cut_or_lengthened_does_no_harm(alter: Ca
     assert model.requests[1][0] == [*model.tokens([user("one")]), *model.requests[0][1], *appended]
 
 
-@pytest.mark.parametrize("held", [None, []])
-def test_a_prompt_costs_a_copy_only_while_somebody_holds_the_last_one(held: list[list[int]] | None) -> None:
-    model = Model(held=held)
-    first = model.ask([user("one")])
-    second = model.ask([user("one"), answer(first), user("two")])
-    before = id(model.ledger.ids(second.prompt))
-    third = model.ask([user("one"), answer(first), user("two"), answer(second), user("three")])
-    assert (id(model.ledger.ids(third.prompt)) == before) is (held is None)
-
-
 def test_turn_sequences_train_each_turn_alone() -> None:
     model = Model()
     first = model.ask([user("one")])
@@ -437,9 +424,9 @@ STEPS = st.lists(
 
 
 @settings(deadline=None, max_examples=300)
-@given(STEPS, st.booleans())
-def test_whatever_a_harness_does_the_trainer_gets_what_was_sent_and_sampled_once(steps: list[Any], hold: bool) -> None:
-    model = Model(held=[] if hold else None)
+@given(STEPS)
+def test_whatever_a_harness_does_the_trainer_gets_what_was_sent_and_sampled_once(steps: list[Any]) -> None:
+    model = Model()
     conversations: list[tuple[list[dict[str, Any]], Any]] = [([user("task")], None)]
     for action, choice, text in steps:
         messages, tools = conversations[choice % len(conversations)]
@@ -468,8 +455,6 @@ def test_whatever_a_harness_does_the_trainer_gets_what_was_sent_and_sampled_once
 def assert_trained_once(model: Model) -> None:
     """The ledger's sequences against the server's own record of its requests."""
     turns = model.ledger.turns
-    if model.held is not None:
-        assert model.held == [prompt_ids for prompt_ids, _, _ in model.requests], "a list changed while it was held"
     assert len(turns) == len(model.requests)
     for turn, (prompt_ids, output_ids, _) in zip(turns, model.requests, strict=True):
         assert model.ledger.prompt_ids(turn) == prompt_ids + output_ids

@@ -269,8 +269,17 @@ class TestTurnstile:
         assert not any(worker.is_alive() for worker in workers)
         return most
 
-    def test_so_many_at_once_and_no_more(self) -> None:
-        assert self.at_once(Turnstile(2), 12) <= 2
+    def test_one_at_a_time(self) -> None:
+        assert self.at_once(Turnstile(), 12) == 1
+
+    def test_patience_has_an_end(self) -> None:
+        """Whoever is inside may wait for the thread that waits to come in."""
+        turnstile = Turnstile(patience_s=0.01)
+        with turnstile.inside():
+            assert self.enters(turnstile)
+            with turnstile.outside():
+                assert self.enters(turnstile)
+        assert self.enters(turnstile)
 
     @staticmethod
     def enters(turnstile: Turnstile) -> bool:
@@ -286,33 +295,33 @@ class TestTurnstile:
         return entered.wait(1)
 
     def test_the_place_is_another_s_while_one_is_outside(self) -> None:
-        turnstile = Turnstile(1)
+        turnstile = Turnstile()
         with turnstile.inside(), turnstile.outside():
             assert self.enters(turnstile)
         assert self.enters(turnstile)
 
     def test_outside_twice(self) -> None:
-        turnstile = Turnstile(1)
+        turnstile = Turnstile()
         with turnstile.inside(), turnstile.outside(), turnstile.outside():
             assert self.enters(turnstile)
         assert self.enters(turnstile)
 
     def test_outside_without_a_place(self) -> None:
-        turnstile = Turnstile(1)
+        turnstile = Turnstile()
         with turnstile.outside():
             assert self.enters(turnstile)
         assert self.enters(turnstile)
 
     @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
     def test_whatever_is_raised_gives_the_place_back(self, error: type[BaseException]) -> None:
-        turnstile = Turnstile(1)
+        turnstile = Turnstile()
         with pytest.raises(error), turnstile.inside(), turnstile.outside():
             raise error
         assert self.enters(turnstile)
 
     def test_inside_again_takes_no_second_place(self) -> None:
         """A callback of one agent may run another one, on the same thread."""
-        turnstile = Turnstile(1)
+        turnstile = Turnstile()
         entered = threading.Event()
 
         def enter() -> None:

@@ -15,14 +15,20 @@ __all__ = ["ChunkEncoder", "decode"]
 #: Tokens that are remembered, all chunks together: about 4 MB of ids.
 REMEMBERED_TOKENS = 2**20
 
+#: From so many characters or tokens on, the batch methods of the tokenizers library are used: they give up the
+#: interpreter lock, which for a shorter text takes longer to get back than the work takes.
+LONG = 4096
+
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of token ids, special tokens included.
 
     A fast tokenizer's backend is asked directly: what `transformers` puts before it looks at each id in Python, which
-    takes longer than the decoding. Its batch methods give up the interpreter lock.
+    takes longer than the decoding.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and len(ids) < LONG:
+        return str(backend.decode(list(ids), skip_special_tokens=False))
     if backend is not None:
         return str(backend.decode_batch([list(ids)], skip_special_tokens=False)[0])
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -75,9 +81,10 @@ class ChunkEncoder:
 
     def whole(self, text: str) -> list[int]:
         """The tokenizer's own ids of a text in which special tokens are already written out."""
+        if self._backend is not None and len(text) < LONG:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
         if self._backend is not None:
-            ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-            return ids
+            return list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         return self._by_transformers(text)
 
     def _by_transformers(self, text: str) -> list[int]:

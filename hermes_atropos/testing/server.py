@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import hashlib
 import inspect
 import json
 import time
@@ -50,8 +49,7 @@ class ScriptedRequest:
     """What the server was asked, and what it answered: the record that tests compare with.
 
     Attributes:
-        prompt_ids: [prompt_len] int, as they arrived.
-        prompt: the same as text, special tokens included.
+        prompt: what arrived, as text, special tokens included.
         sampling: the other arguments of the request.
         output_ids: one [output_len] int list per choice, end token included unless truncated.
         logprobs: one [output_len] float list per choice.
@@ -59,13 +57,18 @@ class ScriptedRequest:
         cancelled: whether the caller gave the request up.
     """
 
-    prompt_ids: list[int]
+    _prompt_ids: array[int]  # each of the lists that it would take is looked through in every garbage collection
     prompt: str
     sampling: dict[str, Any]
     output_ids: list[list[int]] = field(default_factory=list)
     logprobs: list[list[float]] = field(default_factory=list)
     finish_reasons: list[str] = field(default_factory=list)
     cancelled: bool = False
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """``[prompt_len] int``, as they arrived."""
+        return self._prompt_ids.tolist()
 
 
 def tool_call(name: str, **arguments: Any) -> str:
@@ -129,10 +132,10 @@ class ScriptedServer(APIServer):
         prompt = kwargs.pop("prompt", None)
         if prompt_ids is None:
             prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-        request = ScriptedRequest(list(prompt_ids), "", kwargs)
+        request = ScriptedRequest(array("I", prompt_ids), "", kwargs)
         self.requests.append(request)
         try:
-            request.prompt = await self._text(request.prompt_ids)
+            request.prompt = await self._text(prompt_ids)
             replies = [await self._reply(request.prompt) for _ in range(kwargs.get("n") or 1)]
         except asyncio.CancelledError:
             request.cancelled = True
@@ -144,7 +147,7 @@ class ScriptedServer(APIServer):
             request.finish_reasons.append(finish_reason)
         # Fresh lists: a caller that alters what it got must not alter the record.
         return (
-            list(request.prompt_ids),
+            request.prompt_ids,
             [list(ids) for ids in request.output_ids],
             [list(values) for values in request.logprobs],
             list(request.finish_reasons),
@@ -162,8 +165,8 @@ class ScriptedServer(APIServer):
                 end = ids.index(self.end_token_id, start) + 1
             except ValueError:
                 end = len(ids)
-            piece = array("I", ids[start:end])
-            key = hashlib.blake2b(piece, digest_size=16).digest()
+            piece = ids[start:end]
+            key = array("I", piece).tobytes()
             if key not in self._texts:
                 if len(self._texts) > 4096:
                     self._texts.clear()
