@@ -113,6 +113,7 @@ class Rollout:
         conversation: the main agent's; each subagent has one of its own on the same backend.
         sandbox: where the tools act; None leaves that to Hermes.
         failure: what ended the rollout, if something did.
+        signal: what was raised in Hermes to tell it of the failure.
         cancelled: whether the caller gave it up.
     """
 
@@ -121,6 +122,7 @@ class Rollout:
     conversation: Conversation
     sandbox: Sandbox | None = None
     failure: BaseException | None = None
+    signal: BaseException | None = None
     cancelled: bool = False
 
 
@@ -358,7 +360,7 @@ class AtroposAIAgent(AIAgent):
         """Hermes' loop, on the calling thread. Whatever ends it, ``last_result`` holds what there is."""
         self._rollout = rollout
         self._saved = False
-        rollout.failure = None
+        rollout.failure = rollout.signal = None
         if rollout.sandbox is None:
             return self._run_entered(rollout, request, options)
         with rollout.sandbox.entered():
@@ -379,6 +381,8 @@ class AtroposAIAgent(AIAgent):
             self.last_result = self._finish(result, rollout, request)
             self.clear_interrupt()  # one that came too late is not meant for the next conversation
             set_activity_callback(None)  # Hermes leaves the agent, and all it knows, with the thread
+            if rollout.signal is not None:
+                forget_agent(rollout.signal)
         return self.last_result
 
     def _finish(self, result: dict[str, Any], rollout: Rollout, request: tuple[Any, ...]) -> dict[str, Any]:
@@ -435,8 +439,11 @@ class AtroposAIAgent(AIAgent):
 
     def _create_openai_client(self, client_kwargs: dict[str, Any], *, reason: str, shared: bool) -> Any:
         """A stand-in for the OpenAI client, which the summary at the iteration limit calls directly."""
-        completions = SimpleNamespace(create=lambda **request: self._interruptible_api_call(request))
+        completions = SimpleNamespace(create=weak_method(self._complete))
         return SimpleNamespace(chat=SimpleNamespace(completions=completions), is_closed=False, close=lambda: None)
+
+    def _complete(self, **request: Any) -> Any:
+        return self._interruptible_api_call(request)
 
     def _interruptible_api_call(self, api_kwargs: dict[str, Any]) -> Any:
         return to_completion(self._ask(api_kwargs), self.model)
@@ -467,13 +474,13 @@ class AtroposAIAgent(AIAgent):
         except InterruptedError:
             raise
         except ContextLengthError as error:
-            rollout.failure = error
-            if self.compression_enabled:
-                raise ModelCallFailed("maximum context length exceeded") from error  # words by which Hermes knows it
-            raise ModelCallFailed("the prompt leaves no room for an answer") from error
+            # The first are words by which Hermes knows that it is to compress.
+            words = "maximum context length exceeded" if self.compression_enabled else "no room for an answer"
+            rollout.failure, rollout.signal = error, ModelCallFailed(words)
+            raise rollout.signal from error
         except Exception as error:
-            rollout.failure = error
-            raise ModelCallFailed(f"the model call failed ({type(error).__name__})") from error
+            rollout.failure, rollout.signal = error, ModelCallFailed(f"the model call failed ({type(error).__name__})")
+            raise rollout.signal from error
         rollout.failure = None
         return turn
 
@@ -786,6 +793,17 @@ def last_words(result: Mapping[str, Any], conversation: Conversation) -> str:
 
 def describe(failure: BaseException | None) -> str | None:
     return None if failure is None else f"{type(failure).__name__}: {failure}"
+
+
+def forget_agent(signal: BaseException) -> None:
+    """Take the calls of Hermes out of a failure's traceback: they hold the agent, and it the failure."""
+    signal.with_traceback(None)
+    cause = signal.__cause__
+    if cause is not None:
+        trace = cause.__traceback__
+        while trace is not None and not trace.tb_frame.f_code.co_flags & inspect.CO_COROUTINE:
+            trace = trace.tb_next
+        cause.with_traceback(trace)
 
 
 def without_system(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

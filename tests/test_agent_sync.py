@@ -269,6 +269,21 @@ class TestAsynchronous:
         gc.collect()
         assert reference() is None
 
+    @pytest.mark.parametrize("answer", ["Hello.", Reply(error=RuntimeError("out of memory"))], ids=["well", "ill"])
+    async def test_the_agent_of_a_task_is_freed_with_it_at_once(self, answer: str | Reply) -> None:
+        """Hundreds of them would make the garbage collector stop the event loop."""
+        agent = agent_saying(answer)
+        gc.disable()
+        try:
+            async with agent.task() as task:
+                result = await task.run("Go.")
+            used = weakref.ref(task._agent)
+            del task
+            await asyncio.to_thread(until, lambda: used() is None)
+        finally:
+            gc.enable()
+        assert (result.get("cause") is None) == (answer == "Hello.")
+
 
 class TestCancellation:
     async def test_it_stops_the_model_request(self) -> None:
