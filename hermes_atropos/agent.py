@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gc
 import inspect
 import json
@@ -33,6 +34,7 @@ from hermes_atropos.versions import check_versions
 check_versions()
 
 # hermes-agent is imported only once its version is known to fit.
+import model_tools
 import toolsets
 from atroposlib.envs.server_handling.managed_server import SequenceNode
 from openai.types.chat import ChatCompletion
@@ -184,17 +186,12 @@ class AtroposAIAgent(AIAgent):
         self._max_tool_call_retries = max_tool_call_retries
         self._busy = threading.Lock()
         self._running: set[AtroposAIAgent] = set()
-        hermes = {"tool_delay": 0.0, "max_tokens": sampling.get("max_tokens"), **options, **IN_PROCESS}
-        super().__init__(**hermes)
-        self._attach()
-
-    def _attach(self) -> None:
-        """What an agent of Hermes needs to talk to our server, whoever constructed it."""
-        self._active_children = Children(self)
-        self._api_max_retries = 1  # the backend retries what can succeed
-        self.last_result: dict[str, Any] | None = None
-        self._last_turn: ModelTurn | None = None
         self._requests: set[concurrent.futures.Future[ModelTurn]] = set()
+        self._last_turn: ModelTurn | None = None
+        self.last_result: dict[str, Any] | None = None
+        construct(self, **{"tool_delay": 0.0, "max_tokens": sampling.get("max_tokens"), **options, **IN_PROCESS})
+        self._api_max_retries = 1  # the backend retries what can succeed
+        self._compression_feasibility_checked = True  # see _check_compression_model_feasibility
         # Hermes' compressor asks for its summary through a function of its module. Its very code, with that one name
         # bound to ours, asks the rollout's server instead, in every release.
         summarise = type(self.context_compressor).__dict__.get("_generate_summary")
@@ -468,7 +465,9 @@ class AtroposAIAgent(AIAgent):
         sampling = dict(self._sampling)
         if "max_tokens" in sampling:  # Hermes raises it after an answer that was cut off
             sampling["max_tokens"] = api_kwargs.get("max_tokens") or sampling["max_tokens"]
-        question = rollout.conversation.chat(api_kwargs["messages"], api_kwargs.get("tools"), **sampling)
+        # Once more for the summary at the iteration limit, which Hermes sends with its images.
+        messages = self._prepare_messages_for_non_vision_model(api_kwargs["messages"])
+        question = rollout.conversation.chat(messages, api_kwargs.get("tools"), **sampling)
         try:
             self._last_turn = turn = self._wait_for(question)
         except InterruptedError:
@@ -511,6 +510,14 @@ class AtroposAIAgent(AIAgent):
 
     def _check_compression_model_feasibility(self) -> None:
         """Hermes would look for a model that summarises; it is the one that it talks to."""
+
+    def _model_supports_vision(self) -> bool:
+        """Hermes would ask what the model in the user's configuration can do. Tokens are tracked of text alone."""
+        return not self._backend.tracks_tokens
+
+    def _describe_image_for_anthropic_fallback(self, image_url: str, role: str) -> str:
+        """What a model that sees no images reads in place of one. Hermes would have another model describe it."""
+        return "[An image was attached here, which you cannot see.]"
 
     def _build_assistant_message(self, assistant_message: Any, finish_reason: str) -> dict[str, Any]:
         message: dict[str, Any] = super()._build_assistant_message(assistant_message, finish_reason)
@@ -574,7 +581,16 @@ class AtroposAIAgent(AIAgent):
 
 
 class Subagent(AtroposAIAgent):
-    """An agent that ``delegate_task`` started, on its parent's server, ledger and sandbox."""
+    """An agent that ``delegate_task`` starts, on its parent's server, ledger and sandbox."""
+
+    def __init__(self, parent: AtroposAIAgent, **options: Any) -> None:
+        self._backend = parent._backend
+        conversation = Conversation(
+            parent._rollout.backend, max_tool_call_retries=parent._rollout.conversation.max_tool_call_retries
+        )
+        self._rollout = dataclasses.replace(parent._rollout, conversation=conversation, failure=None, signal=None)
+        own = {name: value for name, value in options.items() if name not in HERMES_ROUTES}
+        self._setup(own, parent._sampling, parent._max_tool_call_retries)
 
     def run_conversation(self, *args: Any, **options: Any) -> dict[str, Any]:
         task_id = options.get("task_id")
@@ -585,27 +601,6 @@ class Subagent(AtroposAIAgent):
             return result
         finally:
             set_activity_callback(None)
-
-
-class Children(list[Any]):
-    """The list to which ``delegate_task`` appends each agent of Hermes before it runs."""
-
-    def __init__(self, parent: AtroposAIAgent) -> None:
-        super().__init__()
-        self._parent = weakref.ref(parent)
-
-    def append(self, child: Any) -> None:
-        parent = self._parent()
-        if parent is not None:
-            child.__class__ = Subagent
-            child._sampling = parent._sampling
-            child._running = set()
-            conversation = Conversation(
-                parent._rollout.backend, max_tool_call_retries=parent._rollout.conversation.max_tool_call_retries
-            )
-            child._rollout = dataclasses.replace(parent._rollout, conversation=conversation, failure=None)
-            child._attach()
-        super().append(child)
 
 
 @dataclass(eq=False)
@@ -713,17 +708,57 @@ def model_name(server: Any) -> str:
     return getattr(getattr(first, "config", None), "model_name", None) or "local"
 
 
-def delegate(agent: AIAgent, arguments: Mapping[str, Any]) -> str:
-    """Call ``delegate_task`` with what this release of it accepts, in the foreground."""
+def tool_definitions(**options: Any) -> list[dict[str, Any]]:
+    """Hermes' tools for an agent, deferred behind its tool search where they are many.
+
+    From 0.16 on, Hermes measures them by the context of the model in the user's configuration, which it may look up at
+    openrouter.ai. That model isn't the one that is called, so they are measured by their size alone.
+    """
+    from tools import tool_search
+
+    whole = model_tools.get_tool_definitions(**options, skip_tool_search_assembly=True)
+    config = tool_search.load_config()
+    if config.enabled == "off":
+        return list(whole)
+    return list(tool_search.assemble_tool_defs(whole, config=config).tool_defs)
+
+
+def constructor() -> Callable[..., None]:
+    """``AIAgent.__init__`` with :func:`tool_definitions`."""
+    if "skip_tool_search_assembly" not in inspect.signature(model_tools.get_tool_definitions).parameters:
+        return AIAgent.__init__
+    from agent import agent_init
+
+    run_agent = rebound(agent_init._ra, imports={"run_agent": {"get_tool_definitions": tool_definitions}})
+    init_agent = rebound(agent_init.init_agent, _ra=run_agent)
+    return rebound(AIAgent.__init__, imports={"agent.agent_init": {"init_agent": init_agent}})
+
+
+construct = constructor()
+
+
+def delegate(agent: AtroposAIAgent, arguments: Mapping[str, Any]) -> str:
+    """Call ``delegate_task`` with what this release of it accepts, in the foreground, with our subagents.
+
+    The model and the provider that the user's configuration may name for subagents are not asked.
+    """
     from tools import delegate_tool
 
+    build = rebound(
+        delegate_tool._build_child_agent, imports={"run_agent": {"AIAgent": functools.partial(Subagent, agent)}}
+    )
+    run = rebound(
+        delegate_tool.delegate_task,
+        _build_child_agent=build,
+        _resolve_delegation_credentials=lambda _, parent: delegate_tool._resolve_delegation_credentials({}, parent),
+    )
     accepted = inspect.signature(delegate_tool.delegate_task).parameters
     chosen = {name: value for name, value in arguments.items() if name in accepted}
     if hasattr(delegate_tool, "_strip_model_hidden_task_fields"):
         chosen["tasks"] = delegate_tool._strip_model_hidden_task_fields(chosen.get("tasks"))
     if "background" in accepted:
         chosen["background"] = False
-    answer: str = delegate_tool.delegate_task(**chosen, parent_agent=agent)
+    answer: str = run(**chosen, parent_agent=agent)
     return answer
 
 

@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from agent.iteration_budget import IterationBudget
@@ -30,6 +30,7 @@ from support import (
     tool_turn,
     until,
 )
+from tools.registry import registry
 from wire import MODEL, OpenAIWire
 
 import hermes_atropos
@@ -723,6 +724,57 @@ class TestServers:
         assert [json.loads(content)["output"] for content in tool_texts(result["messages"])] == ["41", "41"]
         ids = [message["tool_call_id"] for message in result["messages"] if message["role"] == "tool"]
         assert len(set(ids)) == 2, "unique, whatever the server calls them"
+
+
+class TestTools:
+    def test_they_are_those_of_hermes(self) -> None:
+        toolsets = ["terminal", "file", "todo", "delegation", "code_execution"]
+        stock = AIAgent(enabled_toolsets=toolsets, base_url="inproc://x.invalid/v1", api_key="k", **QUIET)
+        assert agent_saying("Hi.", enabled_toolsets=toolsets).tools == stock.tools
+
+    def test_many_tools_of_others_are_deferred_behind_the_tool_search(self) -> None:
+        def add(name: str, description: str) -> None:
+            schema = {"name": name, "description": description, "parameters": {"type": "object", "properties": {}}}
+            registry.register(name, "mcp-lamps", schema, handler=lambda arguments, **_: f"{name} is on")
+
+        call = tool_call("tool_call", name="lamp_7", arguments={})
+        try:
+            for number in range(10):
+                add(f"lamp_{number}", "Turn a lamp on. " * 10)
+            few = agent_saying("Hi.", enabled_toolsets=["terminal", "mcp-lamps"])
+            for number in range(10):
+                add(f"lamp_{number}", "Turn a lamp on. " * 1000)
+            many = agent_saying(call, "Done.", enabled_toolsets=["terminal", "mcp-lamps"])
+            result = many.run_conversation("Light, please.")
+        finally:
+            for number in range(10):
+                registry.deregister(f"lamp_{number}")
+        assert {"terminal", "lamp_0", "lamp_9"} <= set(few.valid_tool_names)
+        assert {"terminal", "tool_search", "tool_call"} <= set(many.valid_tool_names)
+        assert "lamp_7" not in many.valid_tool_names
+        assert "lamp_7 is on" in tool_texts(result["messages"])[0]
+
+
+class TestImages:
+    PARTS: ClassVar = [
+        {"type": "text", "text": "What is it?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}},
+    ]
+
+    def test_a_model_whose_tokens_are_tracked_reads_that_there_was_one(self) -> None:
+        agent = agent_saying("I cannot tell.")
+        result = agent.run_conversation(self.PARTS)
+        assert result["stop_reason"] is StopReason.COMPLETED
+        assert (
+            "[An image was attached here, which you cannot see.]\n\nWhat is it?" in server_of(agent).requests[0].prompt
+        )
+        check_tokens(result["trajectory"], server_of(agent).requests)
+
+    def test_others_are_sent_it(self) -> None:
+        with OpenAIWire(reply="A cat.") as wire:
+            agent = AtroposAIAgent(base_url=wire.url, model=MODEL, enabled_toolsets=[], **QUIET)
+            assert agent.chat(self.PARTS) == "A cat."
+        assert wire.requests[-1].body["messages"][-1]["content"] == self.PARTS
 
 
 class TestTask:

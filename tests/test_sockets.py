@@ -30,7 +30,8 @@ def note(event, args):
 sys.addaudithook(note)
 """
 
-#: A rollout with all that could reach for another model: a subagent, compression, and the summary at the limit.
+#: A rollout with all that could reach for another model: an image, a subagent, compression, and the summary at the
+#: limit.
 RUN = """
 import asyncio, json
 from support import agent_on, terminal
@@ -61,7 +62,8 @@ async def main():
     agent.compression_enabled = True
     agent.context_compressor.threshold_tokens = 40_000
     agent.context_compressor.tail_token_budget = 2_000
-    result = await agent.run_conversation_async("Count, please.")
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    result = await agent.run_conversation_async([{"type": "text", "text": "Count, please."}, image])
     async with agent.task() as task:
         await task.terminal("ls")
     return result["stop_reason"].value
@@ -107,8 +109,17 @@ use_training_profile(compression=True)
 """
 
 
-#: Where Hermes looks up the context of a model that the user's own configuration names without it: see the README.
-CONTEXT_LENGTHS = {"openrouter.ai"}
+#: Configurations of a user that give Hermes reasons to speak to somebody else.
+CONFIGURATIONS = {
+    "model": "model: {default: openrouter/auto, provider: openrouter}",
+    "local model": "model: {default: llama3, provider: custom, base_url: 'http://127.0.0.1:9/v1'}",
+    "subagents": "delegation: {model: claude-haiku-4-5, base_url: 'https://api.anthropic.com/v1', api_key: k}",
+    "provider of subagents": "delegation: {model: gpt-5, provider: openai}",
+    "fallback": "fallback_providers: [{provider: openrouter, model: openai/gpt-5}]",
+    "images": "auxiliary: {vision: {provider: openrouter, model: google/gemini-3-flash-preview}}",
+    "approvals": "approvals: {mode: smart}",
+    "summaries": "auxiliary: {compression: {provider: openrouter, model: google/gemini-3-flash-preview}}",
+}
 
 
 class TestTrainingProfile:
@@ -139,10 +150,13 @@ class TestWithoutProfile:
         assert noted["kinds"] == KINDS
         assert noted["reason"] == "iteration_limit"
 
-    def test_the_user_s_own_home_is_used_as_always(self, user: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
+    def test_the_user_s_own_home_is_used_as_always(self, configuration: str, user: Path, tmp_path: Path) -> None:
+        (user / ".hermes" / "config.yaml").write_text(configuration + "\n")
         noted = run(NOTES + RUN, tmp_path, HOME=str(user), **SECRETS)
-        assert {address for _, address in noted["sockets"]} <= CONTEXT_LENGTHS
+        assert noted["sockets"] == []
         assert any(path.endswith("/config.yaml") for _, path in noted["files"])
+        assert noted["kinds"] == KINDS
         assert noted["reason"] == "iteration_limit"
 
 
@@ -170,6 +184,5 @@ def test_over_http_only_the_server_is_spoken_to(profile: bool, user: Path, tmp_p
     assert noted["tokens"] > 0
     host, port = server.url.split("//")[1].split("/")[0].split(":")
     assert {address for event, address in noted["sockets"] if event == "socket.connect"} == {str((host, int(port)))}
-    named = {name for event, name in noted["sockets"] if event != "socket.connect"}
-    assert named <= {host} | (set() if profile else CONTEXT_LENGTHS)
+    assert {name for event, name in noted["sockets"] if event != "socket.connect"} <= {host}
     assert profile is not bool(noted["files"])

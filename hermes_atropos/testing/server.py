@@ -71,7 +71,7 @@ class ScriptedRequest:
         return self._prompt_ids.tolist()
 
 
-def tool_call(name: str, **arguments: Any) -> str:
+def tool_call(name: str, /, **arguments: Any) -> str:
     """The text of a call as Hermes and Qwen models write it, between ``<tool_call>`` tags."""
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
 
