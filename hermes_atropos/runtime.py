@@ -88,12 +88,25 @@ def spawner() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hermes-atropos-spawner")
 
 
-def spawn(function: Callable[..., T], *args: Any) -> concurrent.futures.Future[concurrent.futures.Future[T]]:
+def spawn(function: Callable[[], T]) -> concurrent.futures.Future[T]:
     """Hand ``function`` to the rollout threads by way of a thread.
 
     Starting a thread waits until it runs, which among many busy ones takes a while: too long for an event loop.
     """
-    return spawner().submit(rollout_threads().submit, function, *args)
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+    spawner().submit(rollout_threads().submit, run_into, outcome, function)
+    return outcome
+
+
+def run_into(outcome: concurrent.futures.Future[T], function: Callable[[], T]) -> None:
+    """Run ``function``, unless ``outcome`` has been cancelled, and put there what comes of it."""
+    if not outcome.set_running_or_notify_cancel():
+        return
+    try:
+        outcome.set_result(function())
+    except BaseException as error:
+        outcome.set_exception(error)
+        del outcome  # the error knows this frame, which would know the error
 
 
 def check_not_on(loop: asyncio.AbstractEventLoop, *, instead: str) -> None:
@@ -116,38 +129,33 @@ async def run_in_rollout_thread(
     When the await is cancelled, ``stop`` is called to end the function's work, and the cancellation goes on once the
     thread has ended, or after ``grace`` seconds.
     """
-    spawned = spawn(contextvars.copy_context().run, function)
+    outcome = spawn(functools.partial(contextvars.copy_context().run, function))
     try:
-        started = await asyncio.shield(asyncio.wrap_future(spawned))
-        return await asyncio.shield(asyncio.wrap_future(started))
+        return await asyncio.shield(asyncio.wrap_future(outcome))
     except asyncio.CancelledError:
-        await settle(spawned)
-        started = spawned.result()
-        if not started.cancel():
+        if not outcome.cancel():
             stop()
-            await settle(started, grace)
+            await settle(outcome, grace)
         raise
 
 
 async def run_to_end(function: Callable[[], object]) -> None:
     """Run ``function`` on a rollout thread in spite of cancellation, which goes on once it is done."""
-    spawned = spawn(function)
-    cancelled = await settle(spawned)
-    started = spawned.result()
-    cancelled |= await settle(started)
-    started.result()
+    outcome = spawn(function)
+    cancelled = await settle(outcome)
+    outcome.result()
     if cancelled:
         raise asyncio.CancelledError
 
 
-async def settle(started: concurrent.futures.Future[Any], limit: float | None = None) -> bool:
-    """Wait until ``started`` is done, for ``limit`` seconds at most; whether a cancellation came meanwhile."""
+async def settle(outcome: concurrent.futures.Future[Any], limit: float | None = None) -> bool:
+    """Wait until ``outcome`` is done, for ``limit`` seconds at most; whether a cancellation came meanwhile."""
     loop = asyncio.get_running_loop()
     deadline = None if limit is None else loop.time() + limit
     done = asyncio.Event()
-    started.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
+    outcome.add_done_callback(lambda _: loop.call_soon_threadsafe(done.set))
     cancelled = False
-    while not started.done() and (deadline is None or loop.time() < deadline):
+    while not outcome.done() and (deadline is None or loop.time() < deadline):
         try:
             await asyncio.wait_for(done.wait(), None if deadline is None else deadline - loop.time())
         except asyncio.CancelledError:

@@ -100,6 +100,7 @@ class Layout:
         self._tools = [PROBE_TOOL] if with_tools else None
         self._special = special
         self._eos = eos
+        self._prompts: dict[tuple[bool, bool], str] = {}
         self.thinks = self._find_thinks()
         self.ends: dict[bool, End] = {}
         self.stops: set[str] = set()
@@ -118,6 +119,13 @@ class Layout:
         """The shortest conversation that a turn can follow."""
         messages = [SYSTEM, USER] if system else [USER]
         return [*messages, *self.step(EARLIER_CALLS[:1])] if after_tools else messages
+
+    def prompt(self, *, system: bool, after_tools: bool) -> str:
+        """What the template writes of such a context. It is remembered, but not by a template that writes the time."""
+        key = system, after_tools
+        if key not in self._prompts or "strftime_now" in self.template.source:
+            self._prompts[key] = self.text(self.context(system=system, after_tools=after_tools))
+        return self._prompts[key]
 
     def step(self, calls: Sequence[Message]) -> list[Message]:
         """An earlier turn that called tools, and their results."""
@@ -380,7 +388,7 @@ class TemplateRenderer:
             roles=roles,
         )
         context = layout.context(system=shape.system, after_tools=shape.after_tools)
-        prompt = layout.text(context)
+        prompt = layout.prompt(system=shape.system, after_tools=shape.after_tools)
         if prompt.rstrip().endswith(layout.thinks) or self._holds_reasoning(turn_ids, layout.thinks):
             shape = shape._replace(thought=True)
         if shape not in self._proofs:
