@@ -20,7 +20,6 @@ import logging
 import os
 import threading
 import time
-import types
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -197,7 +196,8 @@ class AtroposAIAgent(AIAgent):
         summarise = type(self.context_compressor).__dict__.get("_generate_summary")
         if summarise is not None:
             routed = rebound(summarise, call_llm=weak_method(self._auxiliary_call))
-            self.context_compressor._generate_summary = types.MethodType(routed, self.context_compressor)
+            compressor = weakref.proxy(self.context_compressor)
+            self.context_compressor._generate_summary = functools.partial(routed, compressor)
 
     def _copy(self) -> AtroposAIAgent:
         """An agent of the same configuration, for a conversation of its own."""

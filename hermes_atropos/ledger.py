@@ -83,13 +83,11 @@ class Prompt:
         parent: the turn whose answer its messages follow; None at the start of a conversation.
         cause: why it starts a stream; None where it continues its parent's.
         length: tokens of the whole prompt.
-        turns: what was sampled from it, in order.
     """
 
     parent: Turn | None = field(repr=False)
     cause: BreakCause | None
     length: int
-    turns: list[Turn] = field(repr=False)
     _messages: bytes = field(repr=False)
     _pieces: array[int] = field(repr=False)
     _tools: Any = field(repr=False)
@@ -109,7 +107,6 @@ class Turn:
         discarded: why the harness threw the answer away; None if it did not.
         fault: why the answer can't be trusted; such a turn has no tokens, and ``metadata["rejected"]`` has what came.
         metadata: what is known of the call, such as ``server_url`` and ``weights_version``.
-        children: prompts that follow this answer.
     """
 
     ref: str
@@ -121,7 +118,6 @@ class Turn:
     discarded: str | None = None
     fault: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
-    children: list[Prompt] = field(default_factory=list, repr=False)
     _answers: set[int] = field(default_factory=set, repr=False)
 
     @property
@@ -232,7 +228,9 @@ class Ledger:
     def __init__(self, *, vocab_size: int | None = None, boundaries: Collection[int] = ()) -> None:
         self.turns: list[Turn] = []
         self._by_ref: dict[str, Turn] = {}
-        self._roots: list[Prompt] = []
+        # What follows is kept here: a prompt and a turn that knew one another would be garbage for the collector alone.
+        self._answers: dict[Prompt, list[Turn]] = {}
+        self._prompts: dict[Turn | None, list[Prompt]] = {None: []}
         self._id = uuid.uuid4().hex[:12]
         self._limit = 2**32 if vocab_size is None else vocab_size
         self._boundaries = [array("I", [boundary]).tobytes() for boundary in boundaries]
@@ -253,6 +251,14 @@ class Ledger:
         """
         return self._by_ref[ref]
 
+    def answers(self, prompt: Prompt) -> SequenceOf[Turn]:
+        """What was sampled from a prompt, in order."""
+        return self._answers[prompt]
+
+    def prompts(self, turn: Turn | None) -> SequenceOf[Prompt]:
+        """What was asked after that answer, in order; None: at the start of a conversation."""
+        return self._prompts.get(turn, ())
+
     def locate(self, messages: SequenceOf[Message], tools: Any = None) -> Match:
         """Find the latest recorded turn that ``messages`` continue.
 
@@ -272,25 +278,25 @@ class Ledger:
         best, end, known, known_tools = self._walked
         plain = True
         if best is not None and packed.startswith(known) and known_tools == tools:
-            open_prompts = [(prompt, end) for prompt in best.children]
+            open_prompts = [(prompt, end) for prompt in self.prompts(best)]
         else:
             best, end = None, 0
-            open_prompts = [(prompt, 0) for prompt in self._roots if prompt._tools == tools]
+            open_prompts = [(prompt, 0) for prompt in self.prompts(None) if prompt._tools == tools]
         while open_prompts:
             prompt, start = open_prompts.pop()
             stop = start + len(prompt._messages) // WIDTH
             if stop >= len(numbers) or not packed.startswith(prompt._messages, start * WIDTH):
                 continue
             answer = numbers[stop]
-            turns = [turn for turn in prompt.turns if answer in turn._answers]
+            turns = [turn for turn in self.answers(prompt) if answer in turn._answers]
             if len(turns) > 1:
                 plain = False
                 # Samples that say the same: the first of those that were not thrown away and least continued.
-                turns.sort(key=lambda turn: (turn.discarded is not None, len(turn.children), turn.number))
+                turns.sort(key=lambda turn: (turn.discarded is not None, len(self.prompts(turn)), turn.number))
             for turn in turns:
                 if end <= stop:
                     best, end = turn, stop + 1
-                for child in turn.children:
+                for child in self.prompts(turn):
                     open_prompts.append((child, stop + 1))
         if best is not None and plain:
             self._walked = best, end, packed[: end * WIDTH], self._keep(tools)
@@ -300,7 +306,7 @@ class Ledger:
             new_messages=list(messages[end:]),
             cause=None if best else self._opening(messages),
             rewritten=best is not None and self._left(best, messages[end:]),
-            prompt=self._same(best.children if best else self._roots, packed[end * WIDTH :], tools),
+            prompt=self._same(self.prompts(best), packed[end * WIDTH :], tools),
             _tools=tools,
         )
 
@@ -320,20 +326,19 @@ class Ledger:
             raise ValueError("a prompt continues a turn or has a cause to start a stream; this one has neither")
         before = match.turn if cause is None else None
         messages = array("i", [self._messages.add(_key(message)) for message in match.new_messages]).tobytes()
-        siblings = match.turn.children if match.turn else self._roots
-        known = messages and self._same(siblings, messages, match._tools)
+        known = messages and self._same(self.prompts(match.turn), messages, match._tools)
         if known:
             return known
         prompt = Prompt(
             parent=match.turn,
             cause=cause,
             length=(_end(before) if before else 0) + len(ids),
-            turns=[],
             _messages=messages,
             _pieces=array("I", [self._pieces.add(piece) for piece in self._cut(ids)]),
             _tools=self._keep(match._tools) if match.turn is None else None,
         )
-        siblings.append(prompt)
+        self._answers[prompt] = []
+        self._prompts.setdefault(match.turn, []).append(prompt)
         return prompt
 
     def ids(self, prompt: Prompt) -> list[int]:
@@ -392,8 +397,8 @@ class Ledger:
             turn.fault = str(fault)
             turn.metadata["rejected"] = {"echo": echo, "output_ids": output_ids, "logprobs": logprobs}
             raise fault
-        prompt.turns.append(turn)
-        if len(prompt.turns) > 1:
+        self._answers[prompt].append(turn)
+        if len(self._answers[prompt]) > 1:
             self._walked = NOWHERE
         return turn
 
@@ -469,7 +474,7 @@ class Ledger:
             last[place : place + 1] = [(None if nested and TURN_KEY not in message else dict(message), number)]
         return array("i", numbers)
 
-    def _same(self, prompts: list[Prompt], messages: bytes, tools: Any) -> Prompt | None:
+    def _same(self, prompts: SequenceOf[Prompt], messages: bytes, tools: Any) -> Prompt | None:
         """The one of these prompts that asks just that."""
         for prompt in prompts:
             if prompt._messages == messages and (prompt.parent is not None or prompt._tools == tools):
@@ -477,7 +482,7 @@ class Ledger:
         return None
 
     def _left(self, turn: Turn, new_messages: SequenceOf[Message]) -> bool:
-        followers = (follower for prompt in turn.children for follower in prompt.turns)
+        followers = (follower for prompt in self.prompts(turn) for follower in self.answers(prompt))
         return self._refer(new_messages) or any(follower.discarded is None for follower in followers)
 
     def _refer(self, messages: SequenceOf[Message]) -> bool:
@@ -487,14 +492,18 @@ class Ledger:
         if self._refer(messages):
             return BreakCause.HISTORY_REWRITTEN
         first = _first(map(_key, messages))
-        for prompt in self._roots:
-            if prompt.turns and first == _first(self._messages[number] for number in array("i", prompt._messages)):
+        for prompt in self.prompts(None):
+            if self.answers(prompt) and first == _first(
+                self._messages[number] for number in array("i", prompt._messages)
+            ):
                 return BreakCause.HISTORY_REWRITTEN
         return BreakCause.FIRST
 
     def _keep(self, tools: Any) -> Any:
         """A copy that the harness cannot alter, one for all conversations that have the same tools."""
-        return next((prompt._tools for prompt in self._roots if prompt._tools == tools), None) or copy.deepcopy(tools)
+        return next((prompt._tools for prompt in self.prompts(None) if prompt._tools == tools), None) or copy.deepcopy(
+            tools
+        )
 
     def _cut(self, ids: SequenceOf[int]) -> list[bytes]:
         packed = array("I", ids).tobytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,19 @@ def nothing_left() -> Iterator[None]:
     added = {kind: {key: after[kind][key] for key in after[kind].keys() - before[kind].keys()} for kind in after}
     assert added == {kind: {} for kind in after}, added
     os.rmdir(folder)  # fails if anything is in it
+
+
+async def garbage(rollout: Callable[[], Awaitable[Any]], times: int) -> int:
+    """How many objects of so many rollouts only the garbage collector finds; it stops the event loop to look."""
+    await rollout()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(times):
+            await rollout()
+        return gc.collect()
+    finally:
+        gc.enable()
 
 
 def left() -> dict[str, dict[Any, Any]]:

@@ -23,6 +23,7 @@ from support import (
     agent_on,
     agent_saying,
     check_tokens,
+    garbage,
     nothing_left,
     processes,
     run_script,
@@ -283,6 +284,15 @@ class TestAsynchronous:
         finally:
             gc.enable()
         assert (result.get("cause") is None) == (answer == "Hello.")
+
+    async def test_rollouts_leave_no_garbage(self) -> None:
+        agent = agent_on(ScriptedServer(echo))
+
+        async def rollout() -> None:
+            async with agent.task() as task:
+                await task.run("n1")
+
+        assert await garbage(rollout, 50) < 50
 
 
 class TestCancellation:

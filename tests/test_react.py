@@ -12,6 +12,7 @@ import pytest
 from atroposlib.envs.server_handling.managed_server import DummyManagedServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import garbage
 
 from hermes_atropos.errors import (
     BackendResponseError,
@@ -452,6 +453,12 @@ class TestHermesTools:
             answer = json.loads(result.steps[1].tool_results[0].content)
             assert answer["output"].split() == ["mine.txt", f"name{n}"]
         assert sum(len(result.steps) for result in results) == len(server.requests) == 36
+
+    async def test_rollouts_leave_no_garbage(self) -> None:
+        server = ScriptedServer(lambda messages: "Done." if len(messages) > 2 else tool_call("terminal", command="ls"))
+        small = AtroposAgent(server, tools=HermesTools(["terminal"]))
+
+        assert await garbage(lambda: small.run("Go."), 50) < 50
 
 
 class TestConstruction:

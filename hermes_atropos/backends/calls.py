@@ -12,9 +12,9 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from tenacity import (
@@ -39,6 +39,8 @@ from hermes_atropos.errors import (
 __all__ = ["Sample", "TokenServers"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Requests that one call makes at most.
 ATTEMPTS = 6
@@ -111,21 +113,17 @@ class TokenServers:
             return await self._together([(prompt_ids, prompt, part, sampling) for part in parts])
         server: Any = None
         failure: BackendError | None = None
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception(worth_another_try),
-            wait=self._pause,
-            stop=stop_after_attempt(ATTEMPTS) | stop_before_delay(self.patience_s),
-            reraise=True,
-        ):
-            with attempt:
-                server = await self._choose(sampling.get("split"), server, failure)
-                try:
-                    return await self._ask(server, prompt_ids, prompt, n, dict(sampling))
-                except BackendError as error:
-                    failure = error
-                    error.attempts = attempt.retry_state.attempt_number
-                    raise
-        raise AssertionError("unreachable: the last failure is raised")
+
+        async def request(number: int) -> list[Sample]:
+            nonlocal server, failure
+            server = await self._choose(sampling.get("split"), server, failure)
+            try:
+                return await self._ask(server, prompt_ids, prompt, n, dict(sampling))
+            except BackendError as error:
+                failure, error.attempts = error, number
+                raise
+
+        return await retried(request, pause=self._pause, patience_s=self.patience_s)
 
     async def _together(self, calls: list[Any]) -> list[Sample]:
         failure: BaseException | None = None
@@ -209,6 +207,30 @@ class TokenServers:
             return 0.0
         reserved = semaphore.min_val() if hasattr(semaphore, "min_val") else 0
         return float(semaphore._value - reserved - len(semaphore._waiters or ()))
+
+
+async def retried(
+    request: Callable[[int], Awaitable[T]], *, pause: Callable[[RetryCallState], float], patience_s: float
+) -> T:
+    """What ``request``, which is told its number from 1 on, comes back with; asked again where that may help.
+
+    Raises:
+        BackendError: the last failure.
+    """
+    retrying = AsyncRetrying(
+        retry=retry_if_exception(worth_another_try),
+        wait=pause,
+        stop=stop_after_attempt(ATTEMPTS) | stop_before_delay(patience_s),
+        reraise=True,
+    )
+
+    async def numbered() -> T:
+        return await request(retrying.statistics["attempt_number"])
+
+    try:
+        return await retrying(numbered)
+    finally:
+        retrying.iter_state.reset()  # which refers back to it: garbage of each call that only the collector would find
 
 
 def watch(server: Any) -> None:

@@ -534,12 +534,12 @@ class ExactManagedServer:
             stop = start + len(appended)
             if stop == len(text):
                 return prompt
-            for turn in prompt.turns:
+            for turn in self.ledger.answers(prompt):
                 answer = self._said.setdefault(turn, self.backend.renderer.decode(turn.output_ids))
                 if text.startswith(answer, stop):
                     if stop + len(answer) >= end:
                         best, end = turn, stop + len(answer)
-                    open_prompts.extend((child, stop + len(answer)) for child in turn.children)
+                    open_prompts.extend((child, stop + len(answer)) for child in self.ledger.prompts(turn))
         new = text[end:]
         ids = await off_loop(
             len(new) > INLINE_CHARS, lambda: list(self.tokenizer.encode(new, add_special_tokens=best is None))

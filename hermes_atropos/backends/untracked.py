@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_before_delay
+from tenacity import RetryCallState
 
 from hermes_atropos.backends import ModelTurn
-from hermes_atropos.backends.calls import ATTEMPTS, typed, worth_another_try
+from hermes_atropos.backends.calls import retried, typed
 from hermes_atropos.errors import BackendError, BackendResponseError, NoServerError
 from hermes_atropos.toolcalls import from_openai, parse_text, tool_response, tools_prompt
 
@@ -102,20 +102,17 @@ class UntrackedBackend:
     async def _ask(self, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
         """One completion, from the healthy server with the most room; from another, or again, if that one fails."""
         failed: Any = None
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception(worth_another_try),
-            wait=self._pause,
-            stop=stop_after_attempt(ATTEMPTS) | stop_before_delay(self.patience_s),
-            reraise=True,
-        ):
-            with attempt:
-                failed = server = max(self.servers, key=lambda s: (s.server_healthy, s is not failed, s.sem._value))
-                try:
-                    return await _chat(server, messages, arguments)
-                except BackendError as error:
-                    error.attempts = attempt.retry_state.attempt_number
-                    raise
-        raise AssertionError("unreachable: the last failure is raised")
+
+        async def request(number: int) -> Any:
+            nonlocal failed
+            failed = server = max(self.servers, key=lambda s: (s.server_healthy, s is not failed, s.sem._value))
+            try:
+                return await _chat(server, messages, arguments)
+            except BackendError as error:
+                error.attempts = number
+                raise
+
+        return await retried(request, pause=self._pause, patience_s=self.patience_s)
 
     def _pause(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
