@@ -55,6 +55,9 @@ MARKER = "HERMES_ATROPOS_SANDBOX"
 #: Seconds between SIGTERM and SIGKILL, so that a cancelled tool is gone within a second.
 GRACE = 0.2
 
+#: Seconds that a process may take to load a program, on a machine that is very busy.
+LOADING = 1.0
+
 #: Seconds for which a command is waited for without a look at anything else.
 BRIEFLY = 0.1
 
@@ -183,21 +186,37 @@ def kill_processes(name: str, root: Path | None) -> None:
 
     Sessions and parents don't tell: processes leave them. The mark is inherited; a process that has shed its
     environment is found where it works. Not by a workspace that was given: others, the user's shell say, may work in
-    it.
+    it. One that is loading a program shows no environment, and is looked at again, for ``LOADING`` seconds at most.
     """
     mark, own = f"{MARKER}={name}".encode(), str(os.getpid())
-    found = True
-    while found:
-        found = False
-        for pid in os.listdir("/proc") if os.path.isdir("/proc") else []:
-            if not pid.isdigit() or pid == own:
-                continue
+    pids = running()
+    while pids:
+        killed, loading = False, []
+        for pid in pids:
             with contextlib.suppress(OSError):  # gone meanwhile, or another user's
                 with open(f"/proc/{pid}/environ", "rb", buffering=0) as environ:
-                    marked = mark in environ.read()
-                if marked or (root is not None and f"{os.readlink(f'/proc/{pid}/cwd')}/".startswith(f"{root}/")):
+                    variables = environ.read()
+                within = root is not None and f"{os.readlink(f'/proc/{pid}/cwd')}/".startswith(f"{root}/")
+                if pid != own and (mark in variables or within):
                     os.kill(int(pid), signal.SIGKILL)
-                    found = True
+                    killed = True
+                elif not variables and not is_bare(pid):
+                    loading.append(pid)
+        pids = running() if killed else loading if time.monotonic() < deadline else []
+
+
+def running() -> list[str]:
+    """The ids of all processes; none where the system does not tell."""
+    return [pid for pid in os.listdir("/proc") if pid.isdigit()] if os.path.isdir("/proc") else []
+
+
+def is_bare(pid: str) -> bool:
+    """Whether a process has no environment for good, and not just because it is amid ``execve``."""
+    with open(f"/proc/{pid}/stat", "rb", buffering=0) as stat:
+        fields = stat.read().rpartition(b")")[2].split()
+    memory, code, start, end = fields[20], fields[23], fields[47], fields[48]  # 23, 26, 50 and 51 in proc(5)
+    # The kernel sets where the code lies last, once the environment is there.
+    return memory == b"0" or (code != b"0" and start == end)
 
 
 class Sandbox:
@@ -221,6 +240,7 @@ class Sandbox:
         *,
         copy: bool = False,
         private: bool = True,
+    deadline = time.monotonic() + LOADING
     ) -> None:
         self.task_id = task_id or f"task-{uuid.uuid4().hex[:12]}"
         self._name = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"

@@ -361,6 +361,15 @@ class TestCalls:
 
 class TestShared:
     """Without ``private``, as in ``run_conversation_async``: a shell of its own, in the user's world."""
+    def test_a_process_that_has_just_begun(self, tmp_path: Path) -> None:
+        """While the kernel loads its program, a process has no environment by which it could be known."""
+        with nothing_left():
+            for _ in range(50):
+                sandbox = Sandbox(workspace=tmp_path)
+                sandbox.run("setsid sleep 1000 >/dev/null 2>&1 &")
+                sandbox.release()
+                assert not processes()
+
 
     def test_it_acts_in_the_current_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
