@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
 import signal
 import stat
@@ -18,9 +19,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import LIMIT, nothing_left, processes, until
 from tools import terminal_tool
+from tools.environments.local import LocalEnvironment
 
 from hermes_atropos.errors import SandboxError, WorkspaceError
 from hermes_atropos.sandbox import Sandbox
+
+#: Commands that change their shell, in all sorts of ways, and one that shows it.
+COMMANDS = [
+    "export COLOUR=red; MOOD=blue; printf exact",
+    "COLOUR=green; unset MOOD; echo it\\'s 'so'",
+    "export LINES_='one\ntwo' QUOTE=\"it's\" BRACES={marker}",
+    "mkdir -p deep && ln -sfn deep link && cd link",
+    "cd /; false",
+    "mkdir -p gone && cd gone && rmdir ../gone",
+    "set -e; export COLOUR=unseen; false",
+    "trap 'echo bye' EXIT; umask 022",
+    "export COLOUR=unseen; exit 3",
+    "export COLOUR=unseen; exec echo instead",
+    "sleep 60 > /dev/null & echo in the background",
+    "printf '\\377\\n'",
+    "echo $COLOUR $MOOD $LINES_ $QUOTE $BRACES; pwd; umask; ls",
+]
 
 
 @pytest.fixture
@@ -51,6 +70,31 @@ class TestShell:
     def test_exports_functions_and_the_current_folder_stay(self, sandbox: Sandbox) -> None:
         sandbox.run("export COLOUR=red; mkdir deep; cd deep")
         assert sandbox.run("echo $COLOUR; basename $PWD").output.split() == ["red", "deep"]
+
+    @given(st.lists(st.sampled_from(COMMANDS), min_size=1, max_size=6))
+    @settings(max_examples=20, deadline=None)
+    def test_commands_follow_one_another_as_in_hermes_own_shell(self, commands: list[str]) -> None:
+        """The script around a command is this library's own, because Hermes' starts two more processes for each."""
+        sandbox, folder = Sandbox(), tempfile.mkdtemp()
+        theirs = LocalEnvironment(cwd=folder, env={"HOME": sandbox.environment().env["HOME"]}, timeout=LIMIT)
+        try:
+            for command in commands:
+                expected, result = theirs.execute(command), sandbox.run(command)
+                # In a folder that is gone, Hermes' own look at it complains.
+                expected_output = re.sub("^pwd: error retrieving .*\n", "", expected["output"], flags=re.MULTILINE)
+                output = result.output.replace(str(sandbox.workspace), folder)
+                assert (output, result.exit_code) == (expected_output, expected["returncode"])
+        finally:
+            sandbox.release()
+            theirs.cleanup()
+            shutil.rmtree(folder)
+
+    def test_a_command_cut_off_leaves_the_shell_as_it_was(self, sandbox: Sandbox) -> None:
+        sandbox.run("export COLOUR=red")
+        for command in ("export COLOUR=blue; exit 3", "export COLOUR=blue; exec true", "COLOUR=blue; kill -9 $$"):
+            sandbox.run(command)
+        assert sandbox.run("echo $COLOUR").output == "red\n"
+        assert len(os.listdir(sandbox.environment().get_temp_dir())) == 1
 
     def test_the_home_and_temporary_files_are_its_own(self, sandbox: Sandbox) -> None:
         home, temporary, made = sandbox.run("echo $HOME; echo $TMPDIR; mktemp").output.split()
@@ -317,6 +361,15 @@ class TestRelease:
             os.kill(pid, signal.SIGKILL)
         assert running == []
 
+    def test_a_process_that_has_just_begun(self, tmp_path: Path) -> None:
+        """While the kernel loads its program, a process has no environment by which it could be known."""
+        with nothing_left():
+            for _ in range(50):
+                sandbox = Sandbox(workspace=tmp_path)
+                sandbox.run("setsid sleep 1000 >/dev/null 2>&1 &")
+                sandbox.release()
+                assert not processes()
+
     def test_a_process_that_keeps_replacing_itself(self, sandbox: Sandbox) -> None:
         """Each generation lives for a moment only, and is another process; there are 2000 of them at most."""
         script = sandbox.workspace / "again.sh"
@@ -361,15 +414,6 @@ class TestCalls:
 
 class TestShared:
     """Without ``private``, as in ``run_conversation_async``: a shell of its own, in the user's world."""
-    def test_a_process_that_has_just_begun(self, tmp_path: Path) -> None:
-        """While the kernel loads its program, a process has no environment by which it could be known."""
-        with nothing_left():
-            for _ in range(50):
-                sandbox = Sandbox(workspace=tmp_path)
-                sandbox.run("setsid sleep 1000 >/dev/null 2>&1 &")
-                sandbox.release()
-                assert not processes()
-
 
     def test_it_acts_in_the_current_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
