@@ -1,8 +1,9 @@
 """The small agent: 64 rollouts of 6 turns and 5 terminal commands each, against the bare terminal tool.
 
-Bare is Hermes' terminal tool called directly by as many threads as suit it best of those tried; small is
+Bare is Hermes' terminal tool called directly, in Hermes' own local environment, by as many threads as suit it best of
+those tried; sandboxed is the same in a ``Sandbox`` of this package, where a command costs less; small is
 ``AtroposAgent`` on a server that costs next to nothing; hermes is ``AtroposAIAgent`` on the scripted server of this
-package. Each task has a sandbox of its own, and opening it counts for no side. Two more runs show what the agent itself
+package. Each task has a shell of its own, and opening it counts for no side. Two more runs show what the agent itself
 costs: turns a second with tools that do nothing, and the memory of 1,000 rollouts that are all under way at once. Each
 side runs in a fresh process; the sides take turns. The last line printed is one JSON object of the figures.
 
@@ -26,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 COMMANDS = 5
-BARE_THREADS = (2, 4, 8, 64)
+THREADS = (2, 4, 8)
 NOOP_TURNS = 20
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--many", type=int, default=1000, help="rollouts at once in the run that shows the memory")
     parser.add_argument("--short", action="store_true", help="8 rollouts, 50 at once, one round")
-    parser.add_argument("--side", choices=["bare", "small", "hermes", "noop", "many"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.short:
@@ -51,13 +52,13 @@ def main() -> None:
     from hermes_atropos.profile import use_training_profile
 
     use_training_profile()
-    run = {"bare": run_bare, "small": run_small, "hermes": run_hermes, "noop": run_noop, "many": run_many}[options.side]
-    figures = asyncio.run(run(options))
+    figures = asyncio.run(SIDES[options.side](options))
     print(json.dumps(figures | {"peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
 def compare(options: argparse.Namespace) -> None:
-    sides = [("bare", threads) for threads in BARE_THREADS] + [("small", 0), ("hermes", 0)]
+    direct = [(name, threads) for name in ("bare", "sandboxed") for threads in THREADS]
+    sides = [*direct, ("small", 0), ("hermes", 0)]
     runs: dict[tuple[str, int], list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(options.rounds):
         for side in sides:
@@ -69,12 +70,14 @@ def compare(options: argparse.Namespace) -> None:
     for (name, threads), figures in medians.items():
         label = f"{name} ({threads} threads)" if threads else name
         print(
-            f"{label:>18}: {figures['commands_per_s']:6.1f} commands/s  "
+            f"{label:>21}: {figures['commands_per_s']:6.1f} commands/s  "
             f"{figures['cpu_ms_per_command']:5.1f} ms processor time each  {figures['peak_rss_mb']:5.0f} MB"
         )
-    bare = max((side for side in sides if side[0] == "bare"), key=lambda side: medians[side]["commands_per_s"])
-    share = medians["small", 0]["commands_per_s"] / medians[bare]["commands_per_s"]
-    print(f"the small agent does {share:.0%} of the bare tool's commands a second")
+    speeds = {side: figures["commands_per_s"] for side, figures in medians.items()}
+    small = speeds["small", 0]
+    bare, sandboxed = (max(speeds[name, threads] for threads in THREADS) for name in ("bare", "sandboxed"))
+    print(f"the small agent does {small / bare:.0%} of the bare tool's commands a second")
+    print(f"and {small / sandboxed:.0%} of those that the tool does in a sandbox of this package")
     noop = [run_side(options, "noop") for _ in range(options.rounds)]
     turns = {key: statistics.median(run[key] for run in noop) for key in ("async_turns_per_s", "sync_turns_per_s")}
     print(
@@ -84,11 +87,12 @@ def compare(options: argparse.Namespace) -> None:
     print(f"{options.many} rollouts at once: {many['peak_rss_mb']:.0f} MB, all done in {many['seconds']:.1f} s")
     figures = {
         "rollouts": options.rollouts,
-        "bare_threads": bare[1],
-        "bare_commands_per_s": medians[bare]["commands_per_s"],
-        "small_commands_per_s": medians["small", 0]["commands_per_s"],
-        "hermes_commands_per_s": medians["hermes", 0]["commands_per_s"],
-        "small_share_of_bare": share,
+        "bare_commands_per_s": bare,
+        "sandboxed_commands_per_s": sandboxed,
+        "small_commands_per_s": small,
+        "hermes_commands_per_s": speeds["hermes", 0],
+        "small_share_of_bare": small / bare,
+        "small_share_of_sandboxed": small / sandboxed,
         "noop_turns_per_s": turns["async_turns_per_s"],
         "noop_on_threads_turns_per_s": turns["sync_turns_per_s"],
         "rollouts_at_once": options.many,
@@ -127,25 +131,46 @@ def cpu_seconds() -> float:
 
 
 async def run_bare(options: argparse.Namespace) -> dict[str, float]:
+    from tools import terminal_tool
+
+    tasks = [f"bare-{number}" for number in range(options.rollouts + 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        for task in tasks:
+            os.mkdir(f"{folder}/{task}")
+            terminal_tool.register_task_env_overrides(task, {"cwd": f"{folder}/{task}", "env_type": "local"})
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda task: terminal_tool.terminal_tool(command="true", task_id=task), tasks))
+        figures = call_directly(tasks, options.threads)
+        for task in tasks:
+            terminal_tool.cleanup_vm(task)
+    return figures
+
+
+async def run_sandboxed(options: argparse.Namespace) -> dict[str, float]:
+    from hermes_atropos.sandbox import Sandbox
+
+    sandboxes = [Sandbox() for _ in range(options.rollouts + 1)]
+    figures = call_directly([sandbox.hermes_id for sandbox in sandboxes], options.threads)
+    for sandbox in sandboxes:
+        sandbox.release()
+    return figures
+
+
+def call_directly(tasks: list[str], threads: int) -> dict[str, float]:
+    """Hermes' terminal tool on so many threads, in tasks whose environments are open; the first warms up."""
     import model_tools  # noqa: F401  (registers Hermes' tools)
     from tools.terminal_tool import terminal_tool
 
-    from hermes_atropos.sandbox import Sandbox
-
-    def task(sandbox: Sandbox) -> None:
+    def run(task: str) -> None:
         for number in range(COMMANDS):
-            answer = json.loads(terminal_tool(command=command(number), task_id=sandbox.hermes_id))
+            answer = json.loads(terminal_tool(command=command(number), task_id=task))
             assert answer["exit_code"] == 0, answer
 
-    warm_up, *sandboxes = [Sandbox() for _ in range(options.rollouts + 1)]
-    with ThreadPoolExecutor(options.threads) as threads:
-        task(warm_up)
+    with ThreadPoolExecutor(threads) as pool:
+        run(tasks[0])
         clock = Clock()
-        list(threads.map(task, sandboxes))
-        figures = clock.figures(options.rollouts * COMMANDS)
-    for sandbox in [warm_up, *sandboxes]:
-        sandbox.release()
-    return figures
+        list(pool.map(run, tasks[1:]))
+        return clock.figures(COMMANDS * (len(tasks) - 1))
 
 
 async def run_small(options: argparse.Namespace) -> dict[str, float]:
@@ -270,6 +295,16 @@ async def run_many(options: argparse.Namespace) -> dict[str, float]:
     results = await asyncio.gather(*[agent.run("Do the steps.") for _ in range(options.many)])
     assert all(result.success for result in results)
     return {"seconds": time.perf_counter() - start}
+
+
+SIDES = {
+    "bare": run_bare,
+    "sandboxed": run_sandboxed,
+    "small": run_small,
+    "hermes": run_hermes,
+    "noop": run_noop,
+    "many": run_many,
+}
 
 
 if __name__ == "__main__":

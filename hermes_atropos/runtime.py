@@ -166,19 +166,16 @@ async def settle(outcome: concurrent.futures.Future[Any], limit: float | None = 
 
 
 class Turnstile:
-    """Lets one thread at a time run Hermes' own code, so that hundreds of rollouts leave the event loop its turn.
-
-    Python threads that compute share one interpreter lock. The event loop waits for as many switches of it as there are
-    threads that want it: 5 ms each, which no second thread repays. A rollout thread passes through for the stretches
-    in which Hermes computes, and steps out while it waits for the model or a tool.
+    """Lets so many threads at a time do what more of them would only slow down.
 
     Args:
+        places: how many.
         patience_s: after so long a wait a thread goes on as if it had been its turn. Whoever is inside may wait for
             something that nobody foresaw, such as a callback of the user's, and perhaps for that very thread.
     """
 
-    def __init__(self, patience_s: float = 10.0) -> None:
-        self._place = threading.Lock()
+    def __init__(self, places: int = 1, *, patience_s: float = 10.0) -> None:
+        self._place = threading.Lock() if places == 1 else threading.Semaphore(places)
         self._patience_s = patience_s
         self._thread = threading.local()
 
@@ -192,7 +189,7 @@ class Turnstile:
         try:
             yield
         finally:
-            self._leave()
+            self.leave()
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
@@ -200,11 +197,17 @@ class Turnstile:
         if not self._held:
             yield
             return
-        self._leave()
+        self.leave()
         try:
             yield
         finally:
             self._enter()
+
+    def leave(self) -> None:
+        """Give the place, if this thread holds it, to another for good."""
+        if self._held:
+            self._thread.held = False
+            self._place.release()
 
     @property
     def _held(self) -> bool:
@@ -213,10 +216,9 @@ class Turnstile:
     def _enter(self) -> None:
         self._thread.held = self._place.acquire(timeout=self._patience_s)
 
-    def _leave(self) -> None:
-        if self._held:
-            self._thread.held = False
-            self._place.release()
 
-
+#: Where Hermes' own code runs, a thread at a time, so that hundreds of rollouts leave the event loop its turn. Threads
+#: that compute share one interpreter lock: the loop waits for as many switches of it as there are threads that want it,
+#: 5 ms each, which no second thread repays. A rollout's thread passes through for the stretches in which Hermes
+#: computes, and steps out while it waits for the model or a tool.
 turnstile = Turnstile()

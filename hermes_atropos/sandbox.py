@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -21,9 +22,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import termios
 import threading
 import time
 import uuid
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +35,11 @@ from typing import Any, TypeVar
 
 from tools import terminal_tool
 from tools.environments.local import LocalEnvironment
-from tools.interrupt import set_interrupt
+from tools.interrupt import is_interrupted, set_interrupt
 from tools.process_registry import process_registry
 
 from hermes_atropos.errors import SandboxError, WorkspaceError
-from hermes_atropos.runtime import run_in_rollout_thread, turnstile
+from hermes_atropos.runtime import Turnstile, run_in_rollout_thread, turnstile
 from hermes_atropos.spawn import Popen
 from hermes_atropos.upstream import rebound
 
@@ -61,6 +64,9 @@ LOADING = 1.0
 #: Seconds for which a command is waited for without a look at anything else.
 BRIEFLY = 0.1
 
+#: Bytes of output that are read at once; Hermes bounds longer ones.
+LITTLE = 4096
+
 #: What a shell runs for a command. The marker comes last: where it is, all before it has been written.
 SCRIPT = """\
 source {snapshot} >/dev/null 2>&1 || true
@@ -74,6 +80,10 @@ builtin pwd -P 2>/dev/null
 builtin printf '{marker}\\n'
 exit $__hermes_ec
 """
+
+#: Where a command starts and has its first ``BRIEFLY`` seconds: more short ones at once than the processors can run
+#: would only get in each other's way.
+commands = Turnstile(4 * (os.cpu_count() or 1))
 
 _in_use: dict[Path, str] = {}
 _open_tasks: set[str] = set()
@@ -121,7 +131,12 @@ class TaskEnvironment(LocalEnvironment):
             if not self._logged_in:
                 super().init_session()
                 self._logged_in = True
-        result: dict[str, Any] = super().execute(*args, **options)
+        with contextlib.ExitStack() as place:
+            with turnstile.outside():
+                place.enter_context(commands.inside())
+            if is_interrupted():  # while it waited
+                return {"output": "\n[Command interrupted]", "returncode": 130}
+            result: dict[str, Any] = super().execute(*args, **options)
         return result
 
     def cleanup(self) -> None:
@@ -153,8 +168,13 @@ class TaskEnvironment(LocalEnvironment):
 
     def _wait_for_process(self, proc: Any, *args: Any, **options: Any) -> dict[str, Any]:
         with turnstile.outside():
-            wait_briefly(proc.pid)
-            result: dict[str, Any] = super()._wait_for_process(proc, *args, **options)
+            brief = brief_output(proc)
+            commands.leave()
+            result: dict[str, Any]
+            if brief is None:
+                result = super()._wait_for_process(proc, *args, **options)
+            else:
+                result = {"output": brief.decode(errors="replace"), "returncode": proc.wait()}
         written = Path(f"{self._snapshot_path}.tmp.{proc.pid}")
         with contextlib.suppress(FileNotFoundError):  # the command ended its shell
             if self._cwd_marker in result["output"]:
@@ -180,21 +200,34 @@ class TaskEnvironment(LocalEnvironment):
         proc.wait(timeout=1)
 
 
-def wait_briefly(pid: int) -> None:
-    """Wait for a process to end, for ``BRIEFLY`` at most: Hermes looks again and again, at first each 5 ms.
+def brief_output(proc: Any) -> bytes | None:
+    """The output of a command that ends within ``BRIEFLY`` and says little; None of others, with nothing read.
 
-    Among hundreds of commands each look would take the interpreter from those who need it.
+    For any command Hermes starts a thread that reads, and looks again and again whether it has ended, at first each
+    5 ms: among hundreds of commands that takes the interpreter from those who need it.
     """
     if not hasattr(os, "pidfd_open"):
-        return
+        return None
     with contextlib.suppress(OSError):
-        process = os.pidfd_open(pid)
+        process = os.pidfd_open(proc.pid)
         try:
-            ended = select.poll()
-            ended.register(process, select.POLLIN)
-            ended.poll(BRIEFLY * 1000)
+            ended = polled(process, select.POLLIN, BRIEFLY)
         finally:
             os.close(process)
+        if ended and polled(proc.stdout, 0, 0) & select.POLLHUP:  # else something in the background may write yet
+            unread = array("i", [0])
+            fcntl.ioctl(proc.stdout, termios.FIONREAD, unread)
+            if unread[0] <= LITTLE:
+                with proc.stdout:
+                    return bytes(proc.stdout.buffer.read())
+    return None
+
+
+def polled(file: Any, events: int, limit_s: float) -> int:
+    """What poll(2) says of a file within so many seconds; 0 if nothing."""
+    poll = select.poll()
+    poll.register(file, events)
+    return next((event for _, event in poll.poll(limit_s * 1000)), 0)
 
 
 @functools.lru_cache(maxsize=8)

@@ -269,8 +269,17 @@ class TestTurnstile:
         assert not any(worker.is_alive() for worker in workers)
         return most
 
-    def test_one_at_a_time(self) -> None:
-        assert self.at_once(Turnstile(), 12) == 1
+    @pytest.mark.parametrize("places", [1, 3])
+    def test_so_many_at_a_time(self, places: int) -> None:
+        assert 1 <= self.at_once(Turnstile(places), 12) <= places
+
+    def test_whoever_has_left_leaves_no_second_time(self) -> None:
+        turnstile = Turnstile(places=2)
+        with turnstile.inside():
+            turnstile.leave()
+            turnstile.leave()
+            assert self.at_once(turnstile, 6) <= 2
+        assert self.at_once(turnstile, 6) <= 2
 
     def test_patience_has_an_end(self) -> None:
         """Whoever is inside may wait for the thread that waits to come in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from tools import terminal_tool
 from tools.environments.local import LocalEnvironment
 
 from hermes_atropos.errors import SandboxError, WorkspaceError
-from hermes_atropos.sandbox import Sandbox
+from hermes_atropos.sandbox import Sandbox, commands
 
 #: Commands that change their shell, in all sorts of ways, and one that shows it.
 COMMANDS = [
@@ -48,6 +49,15 @@ def sandbox() -> Iterator[Sandbox]:
         sandbox = Sandbox()
         yield sandbox
         sandbox.release()
+
+
+#: How many commands start at once.
+PLACES = 4 * (os.cpu_count() or 1)
+
+
+def hold_a_place(go_on: threading.Event) -> None:
+    with commands.inside():
+        go_on.wait(LIMIT)
 
 
 def of_all(command: str) -> list[int]:
@@ -406,6 +416,29 @@ class TestCalls:
             await command
         assert not processes()
         assert (await sandbox.call(lambda: sandbox.run("echo on"))).output.strip() == "on"
+
+    async def test_cancelled_before_its_turn(self, sandbox: Sandbox) -> None:
+        """Only so many commands start at once; one that is given up meanwhile never does."""
+        with contextlib.ExitStack() as places:
+            held = [places.enter_context(ThreadPoolExecutor(1)) for _ in range(PLACES)]
+            go_on = threading.Event()
+            for thread in held:
+                thread.submit(hold_a_place, go_on)
+            places.callback(go_on.set)
+            command = asyncio.create_task(sandbox.call(lambda: sandbox.run("touch begun")))
+            await asyncio.sleep(0.1)
+            command.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await command
+        assert not (sandbox.workspace / "begun").exists()
+
+    def test_commands_that_take_long_keep_no_other_from_starting(self, sandbox: Sandbox) -> None:
+        patient = "for _ in {1..50}; do [ -e go ] && exit 0; sleep 0.1; done; exit 1"
+        with ThreadPoolExecutor(2 * PLACES) as threads:
+            waiting = [threads.submit(sandbox.run, patient) for _ in range(2 * PLACES)]
+            sandbox.run("touch go")
+            assert [command.result(LIMIT).exit_code for command in waiting] == [0] * (2 * PLACES)
 
     async def test_an_exception_comes_through(self, sandbox: Sandbox) -> None:
         with pytest.raises(ZeroDivisionError):
