@@ -3,11 +3,12 @@
 Bare is Hermes' terminal tool called directly, in Hermes' own local environment, by as many threads as suit it best of
 those tried; sandboxed is the same in a ``Sandbox`` of this package, where a command costs less; small is
 ``AtroposAgent`` on a server that costs next to nothing; hermes is ``AtroposAIAgent`` on the scripted server of this
-package. Each task has a shell of its own, and opening it counts for no side. Two more runs show what the agent itself
-costs: turns a second with tools that do nothing, and the memory of 1,000 rollouts that are all under way at once. Each
-side runs in a fresh process; the sides take turns. The last line printed is one JSON object of the figures.
+package. Each task has a shell of its own, and opening it counts for no side. Each side runs in a fresh process; the
+sides take turns, and are compared within each round, the median of which counts. Two more runs show what the agent
+itself costs: turns a second with tools that do nothing, and the memory of 1,000 rollouts that are all under way at
+once. The last line printed is one JSON object of the figures.
 
-    python benchmarks/small_agent.py [--rollouts 64] [--rounds 3] [--short]
+    python benchmarks/small_agent.py [--rollouts 64] [--rounds 5] [--short]
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 COMMANDS = 5
-THREADS = (2, 4, 8)
+THREADS = (4, 8)
 NOOP_TURNS = 20
 
 
@@ -38,7 +39,7 @@ def command(number: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--many", type=int, default=1000, help="rollouts at once in the run that shows the memory")
     parser.add_argument("--short", action="store_true", help="8 rollouts, 50 at once, one round")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
@@ -74,10 +75,16 @@ def compare(options: argparse.Namespace) -> None:
             f"{figures['cpu_ms_per_command']:5.1f} ms processor time each  {figures['peak_rss_mb']:5.0f} MB"
         )
     speeds = {side: figures["commands_per_s"] for side, figures in medians.items()}
-    small = speeds["small", 0]
-    bare, sandboxed = (max(speeds[name, threads] for threads in THREADS) for name in ("bare", "sandboxed"))
-    print(f"the small agent does {small / bare:.0%} of the bare tool's commands a second")
-    print(f"and {small / sandboxed:.0%} of those that the tool does in a sandbox of this package")
+    shares = {}
+    for name in ("bare", "sandboxed"):
+        best = max((side for side in direct if side[0] == name), key=speeds.__getitem__)
+        pairs = zip(runs["small", 0], runs[best], strict=True)
+        ratios = [small["commands_per_s"] / tool["commands_per_s"] for small, tool in pairs]
+        shares[name] = statistics.median(ratios)
+        print(
+            f"of the {name} tool's commands a second the small agent does {shares[name]:.0%} "
+            f"({min(ratios):.0%} to {max(ratios):.0%})"
+        )
     noop = [run_side(options, "noop") for _ in range(options.rounds)]
     turns = {key: statistics.median(run[key] for run in noop) for key in ("async_turns_per_s", "sync_turns_per_s")}
     print(
@@ -87,12 +94,12 @@ def compare(options: argparse.Namespace) -> None:
     print(f"{options.many} rollouts at once: {many['peak_rss_mb']:.0f} MB, all done in {many['seconds']:.1f} s")
     figures = {
         "rollouts": options.rollouts,
-        "bare_commands_per_s": bare,
-        "sandboxed_commands_per_s": sandboxed,
-        "small_commands_per_s": small,
+        "bare_commands_per_s": max(speeds["bare", threads] for threads in THREADS),
+        "sandboxed_commands_per_s": max(speeds["sandboxed", threads] for threads in THREADS),
+        "small_commands_per_s": speeds["small", 0],
         "hermes_commands_per_s": speeds["hermes", 0],
-        "small_share_of_bare": small / bare,
-        "small_share_of_sandboxed": small / sandboxed,
+        "small_share_of_bare": shares["bare"],
+        "small_share_of_sandboxed": shares["sandboxed"],
         "noop_turns_per_s": turns["async_turns_per_s"],
         "noop_on_threads_turns_per_s": turns["sync_turns_per_s"],
         "rollouts_at_once": options.many,

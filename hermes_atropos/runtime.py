@@ -185,7 +185,7 @@ class Turnstile:
         if self._held:
             yield
             return
-        self._enter()
+        self.enter()
         try:
             yield
         finally:
@@ -201,10 +201,14 @@ class Turnstile:
         try:
             yield
         finally:
-            self._enter()
+            self.enter()
+
+    def enter(self) -> None:
+        """Wait for a place, and hold it until ``leave``."""
+        self._thread.held = self._place.acquire(timeout=self._patience_s)
 
     def leave(self) -> None:
-        """Give the place, if this thread holds it, to another for good."""
+        """Give the place, if this thread holds it, to another; again is harmless."""
         if self._held:
             self._thread.held = False
             self._place.release()
@@ -212,9 +216,6 @@ class Turnstile:
     @property
     def _held(self) -> bool:
         return getattr(self._thread, "held", False)
-
-    def _enter(self) -> None:
-        self._thread.held = self._place.acquire(timeout=self._patience_s)
 
 
 #: Where Hermes' own code runs, a thread at a time, so that hundreds of rollouts leave the event loop its turn. Threads

@@ -34,6 +34,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from tools import terminal_tool
+from tools.environments import local
 from tools.environments.local import LocalEnvironment
 from tools.interrupt import is_interrupted, set_interrupt
 from tools.process_registry import process_registry
@@ -99,6 +100,13 @@ class CommandResult:
     exit_code: int
 
 
+@functools.lru_cache(maxsize=8)
+def find_bash(_path: str | None) -> str:
+    """The shell that Hermes finds along this PATH: it looks into each of the folders for each command."""
+    found: str = local._find_bash()
+    return found
+
+
 class TaskEnvironment(LocalEnvironment):
     """Hermes' local environment, closed by its sandbox alone.
 
@@ -131,13 +139,15 @@ class TaskEnvironment(LocalEnvironment):
             if not self._logged_in:
                 super().init_session()
                 self._logged_in = True
-        with contextlib.ExitStack() as place:
-            with turnstile.outside():
-                place.enter_context(commands.inside())
+        with turnstile.outside():
+            commands.enter()
+        try:
             if is_interrupted():  # while it waited
                 return {"output": "\n[Command interrupted]", "returncode": 130}
             result: dict[str, Any] = super().execute(*args, **options)
-        return result
+            return result
+        finally:
+            commands.leave()
 
     def cleanup(self) -> None:
         """Hermes calls this after each run, for idle environments and at a subagent's end: all before the verifier."""
@@ -184,7 +194,11 @@ class TaskEnvironment(LocalEnvironment):
         return result
 
     # Hermes' own way of starting a command, by a Popen that does not stop the other threads meanwhile.
-    _run_bash = rebound(LocalEnvironment._run_bash, subprocess=SimpleNamespace(**{**vars(subprocess), "Popen": Popen}))
+    _run_bash = rebound(
+        LocalEnvironment._run_bash,
+        subprocess=SimpleNamespace(**{**vars(subprocess), "Popen": Popen}),
+        _find_bash=lambda: find_bash(os.environ.get("PATH")),
+    )
 
     def _kill_process(self, proc: Any) -> None:
         """End a command's process group: SIGTERM, and SIGKILL for whatever is left after ``GRACE`` seconds."""
