@@ -162,7 +162,7 @@ def run_stock(options: argparse.Namespace) -> dict[str, float]:
 
         def rollout(number: int) -> None:
             task_id = f"stock-{number}"
-            workspace = tempfile.mkdtemp()
+            workspace = tempfile.mkdtemp(dir=home)
             terminal_tool.register_task_env_overrides(task_id, {"env_type": "local", "cwd": workspace})
             result = construct().run_conversation("Do the steps.", task_id=task_id)
             terminal_tool.cleanup_vm(task_id)

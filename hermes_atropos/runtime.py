@@ -89,12 +89,16 @@ def spawner() -> concurrent.futures.ThreadPoolExecutor:
 
 
 def spawn(function: Callable[[], T]) -> concurrent.futures.Future[T]:
-    """Hand ``function`` to the rollout threads by way of a thread.
+    """Hand ``function`` to the rollout threads: to one that is idle, or to a new one by way of a thread.
 
     Starting a thread waits until it runs, which among many busy ones takes a while: too long for an event loop.
     """
     outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-    spawner().submit(rollout_threads().submit, run_into, outcome, function)
+    threads = rollout_threads()
+    if threads._idle_semaphore._value > 0:
+        threads.submit(run_into, outcome, function)
+    else:
+        spawner().submit(threads.submit, run_into, outcome, function)
     return outcome
 
 

@@ -76,12 +76,13 @@ class StopReason(StrEnum):
     """Anything else that raised; ``AgentResult.error`` has it."""
 
 
-@dataclass(slots=True)
+@dataclass
 class SequenceData:
     """One unbroken token stream: what was sent to the server and sampled from it, position by position.
 
     Attributes:
-        full_text: the tokens as text, special tokens included.
+        full_text: the tokens as text, special tokens included. A function that makes it will do: it is called when the
+            text is first read, which training never does.
         tokens: ``[seq_len] int``.
         masked_tokens: ``[seq_len] int``, the token where it was sampled, -100 elsewhere.
         logprobs: ``[seq_len] float``, finite and ≤ 0 where sampled, 1.0 elsewhere.
@@ -113,6 +114,9 @@ class SequenceData:
                 expected="(token, token, finite logprob <= 0) or (token, -100, 1.0)",
                 found=(self.tokens[position], self.masked_tokens[position], self.logprobs[position]),
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "full_text": self.full_text}
 
     def _first_misfit(self) -> int | None:
         # The types of the whole column first: in the loop below they would cost half as much again.
@@ -149,6 +153,27 @@ class SequenceData:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+class MadeWhenRead:
+    """An attribute that may be set to a function: it is called when the attribute is first read."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> Any:
+        if instance is None:
+            return self
+        value = vars(instance)[self._name]
+        if callable(value):
+            value = vars(instance)[self._name] = value()
+        return value
+
+    def __set__(self, instance: object, value: Any) -> None:
+        vars(instance)[self._name] = value
+
+
+SequenceData.full_text = MadeWhenRead("full_text")  # type: ignore[assignment]
 
 
 @dataclass(slots=True)
@@ -387,9 +412,8 @@ def _sequences(ledger: Ledger, decode: Callable[[list[int]], str], *, include_di
             turn = ledger.turn(ref)
             facts = {"finish_reason": turn.finish_reason, "discarded": turn.discarded, "cause": turn.cause}
             turns.append({"ref": ref, "start": start, "end": end} | facts)
-        sequences.append(
-            SequenceData(decode(stream.tokens), stream.tokens, stream.masks, stream.logprobs, {"turns": turns})
-        )
+        text: Any = functools.partial(decode, stream.tokens)
+        sequences.append(SequenceData(text, stream.tokens, stream.masks, stream.logprobs, {"turns": turns}))
     return sequences
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +111,20 @@ class TestSequenceData:
 
     def test_a_certain_token_has_logprob_zero(self) -> None:
         assert SequenceData("", [1], [1], [0.0]).trainable == 1
+
+    def test_the_text_is_made_when_it_is_first_read(self) -> None:
+        made = []
+
+        def text() -> str:
+            made.append("ab")
+            return "ab"
+
+        make: Any = text
+        sequence = SequenceData(make, [5, 6], [-100, 6], [1.0, -0.5])
+        assert (len(sequence), sequence.trainable, made) == (2, 1, [])
+        same = SequenceData("ab", [5, 6], [-100, 6], [1.0, -0.5])
+        assert pickle.loads(pickle.dumps(sequence)) == copy.deepcopy(sequence) == sequence == same
+        assert (repr(sequence), made) == (repr(same), ["ab"])
 
 
 class TestResult:
