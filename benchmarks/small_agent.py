@@ -257,17 +257,20 @@ def quick_server(replies: list[str], before: Callable[[], Awaitable[None]] | Non
     """A server that costs next to nothing: its replies are tokenised once, prompts are neither decoded nor kept.
 
     Args:
-        replies: of a rollout, turn by turn; the prompt's end tokens tell the turn.
+        replies: of a rollout, turn by turn; all rollouts begin with the same prompt, and its end tokens tell the turn.
         before: awaited before each answer.
     """
     from hermes_atropos.testing import Reply, ScriptedServer
 
     class QuickServer(ScriptedServer):
+        opening = sys.maxsize
+
         async def _tokens_and_logprobs_completion_wrapper(self, **kwargs: Any) -> tuple[Any, ...]:
             await (before() if before else asyncio.sleep(0))
             ids = kwargs["input_ids"]
-            # The system and the user message are closed, then two messages a turn: the answer and its tool's.
-            output_ids, _ = outputs[(ids.count(self.end_token_id) - 2) // 2]
+            # Two messages a turn come after the first prompt: the answer and its tool's.
+            self.opening = min(self.opening, len(ids))
+            output_ids, _ = outputs[ids[self.opening :].count(self.end_token_id) // 2]
             return ids, [list(output_ids)], [[-0.5] * len(output_ids)], ["stop"]
 
     server = QuickServer(replies)

@@ -119,17 +119,20 @@ class SequenceData:
         return {**vars(self), "full_text": self.full_text}
 
     def _first_misfit(self) -> int | None:
-        # The types of the whole column first: in the loop below they would cost half as much again.
         if not {*map(type, self.tokens)} <= {int}:
             return next(position for position, token in enumerate(self.tokens) if type(token) is not int)
-        rows = zip(self.tokens, self.masked_tokens, self.logprobs, strict=True)
-        for position, (token, mask, logprob) in enumerate(rows):
-            if mask == token:
-                if not (type(logprob) is float and -math.inf < logprob <= 0 and token >= 0):
-                    return position
-            elif mask != MASK or logprob != PROMPT_LOGPROB:
-                return position
-        return None
+        sampled = [position for position, mask in enumerate(self.masked_tokens) if mask != MASK]
+        masked = len(self.tokens) - len(sampled)
+        # No logprob that fits a sampled token counts here. Counting takes a fraction of looking at each position.
+        if all(map(self._fits, sampled)) and self.logprobs.count(PROMPT_LOGPROB) == masked:
+            return None
+        return next(position for position in range(len(self.tokens)) if not self._fits(position))
+
+    def _fits(self, position: int) -> bool:
+        token, mask, logprob = self.tokens[position], self.masked_tokens[position], self.logprobs[position]
+        if mask == MASK:
+            return logprob == PROMPT_LOGPROB
+        return mask == token >= 0 and type(logprob) is float and -math.inf < logprob <= 0
 
     @classmethod
     def from_sequence_node(cls, node: Any) -> SequenceData:
