@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import math
+import numbers
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from hermes_atropos.errors import (
     ToolCallRetriesError,
     ToolDefinitionError,
 )
+from hermes_atropos.settings import redact
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.toolcalls.words import call_schema
 from hermes_atropos.tools import ToolRegistry, ToolResult, ToolTask
@@ -63,7 +65,7 @@ class AgentConfig:
         sampling: further sampling parameters (``top_p``, ``seed``, …).
 
     Raises:
-        ConfigurationError: a count or a limit that is not positive.
+        ConfigurationError: a count or a limit that is no positive number, or a temperature below 0.
     """
 
     temperature: float | None = 0.7
@@ -80,20 +82,27 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_steps", "tool_time_limit_s", "turn_time_limit_s", "rollout_time_limit_s"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigurationError(
-                    f"{name}={value!r}: give a positive number{'' if name == 'max_steps' else ' or None'}"
-                )
+            value, needed = getattr(self, name), name == "max_steps"
+            fits = (value is None and not needed) or (is_number(value, whole=not name.endswith("_s")) and value > 0)
+            if not fits:
+                raise ConfigurationError(f"{name}={value!r}: give a positive number{'' if needed else ' or None'}")
         for name in ("tool_delay_s", "max_tool_call_retries"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{name}={getattr(self, name)!r}: give 0 or more")
+            value = getattr(self, name)
+            if not (is_number(value, whole=name != "tool_delay_s") and value >= 0):
+                raise ConfigurationError(f"{name}={value!r}: give 0 or more")
+        if self.temperature is not None and not (is_number(self.temperature) and self.temperature >= 0):
+            raise ConfigurationError(f"temperature={self.temperature!r}: give 0 or more, or None")
 
     @property
     def sampling_parameters(self) -> dict[str, Any]:
         """What is sent with each model call."""
         known = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         return {name: value for name, value in known.items() if value is not None} | dict(self.sampling)
+
+
+def is_number(value: Any, *, whole: bool = False) -> bool:
+    kind = numbers.Integral if whole else numbers.Real
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class AtroposAgent:
@@ -336,7 +345,7 @@ class AgentTask:
     def _describe(self, failure: Exception) -> str:
         status = getattr(failure, "status", None)
         http = "" if status is None else f" (HTTP {status}: {(getattr(failure, 'body', None) or '')[:500]})"
-        return f"step {len(self._conversation.steps)}: {type(failure).__name__}: {failure}{http}"
+        return redact(f"step {len(self._conversation.steps)}: {type(failure).__name__}: {failure}{http}")
 
     async def terminal(self, command: str, *, timeout: float = 180.0) -> CommandResult:
         """Run a command in the task's shell, as the agent left it; exit code 124 after ``timeout`` seconds."""

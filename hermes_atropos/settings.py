@@ -24,7 +24,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from hermes_atropos.errors import SettingsError
@@ -132,7 +132,13 @@ def _bounded(value: Any, limit: int) -> Any:
     if isinstance(value, str):
         return value if len(value) <= limit else f"{value[:limit]}… [{len(value) - limit} more characters]"
     if isinstance(value, Mapping):
-        return {str(k): "[redacted]" if _SECRET_KEY.search(str(k)) else _bounded(v, limit) for k, v in value.items()}
+        # What a secret's name leads to in a JSON schema is no secret.
+        return {
+            str(k): "[redacted]" if _SECRET_KEY.search(str(k)) and not isinstance(v, Mapping) else _bounded(v, limit)
+            for k, v in value.items()
+        }
+    if is_dataclass(value) and not isinstance(value, type):
+        return _bounded({entry.name: getattr(value, entry.name) for entry in fields(value)}, limit)
     if isinstance(value, list | tuple):
         # A list item takes two characters of JSON at least.
         kept = [_bounded(item, limit) for item in value[: limit // 2]]
@@ -159,6 +165,15 @@ _SECRETS = [
     (
         re.compile(r"\b(\w*(?:API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD)\w*)(=|: ?)[\"']?[^\s\"'\\,;]{6,}"),
         r"\1\2[redacted]",
+    ),
+    # The same in lower case, and in JSON, however often that is quoted.
+    (
+        re.compile(
+            r"([\w-]*(?:api[-_]?key|password|passwd|secret|credential|(?:access|auth)[-_]?token)[\w-]*"
+            r"(?:\\*[\"'])?\s*[:=]\s*(?:\\*[\"'])?)[^\s\"'\\,;{}\[\]]{6,}",
+            re.I,
+        ),
+        r"\1[redacted]",
     ),
     # Credentials in a URL.
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@:\"]+:[^\s/@\"]+@", re.I), r"\1[redacted]@"),

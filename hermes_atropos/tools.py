@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticUserError
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_json
 
@@ -44,7 +45,7 @@ from hermes_atropos.errors import SandboxError, ToolDefinitionError, UnknownTool
 from hermes_atropos.runtime import run_in_rollout_thread, run_to_end
 from hermes_atropos.toolcalls import ToolCall, error_result, validate
 from hermes_atropos.toolcalls.validation import nearest
-from hermes_atropos.trajectory import ToolResult
+from hermes_atropos.trajectory import SURROGATE, ToolResult
 from hermes_atropos.versions import check_versions
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ class ToolRegistry:
         self.max_result_chars = max_result_chars
         self._tools: dict[str, Tool] = {}
         self._tasks: dict[str, ToolTask] = {}
+        if callable(tools) or not isinstance(tools, Iterable):
+            raise ToolDefinitionError(f"{tools!r} is no list of tools: write [{getattr(tools, '__name__', '…')}]")
         for tool in tools:
             self.register(tool)
 
@@ -285,12 +288,15 @@ class ToolRegistry:
             result = _failure(tool.name, f"TimeoutError: {late}")
         except ValidationError as error:
             result = _failure(tool.name, f"the arguments do not fit: {_faults(error)}")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             logger.warning("the tool %s raised", tool.name, exc_info=True)
             result = _failure(tool.name, f"{type(error).__name__}: {error}")
         result.call_id, result.duration_s = call.id, time.perf_counter() - started
         if len(result.content) > self.max_result_chars:
             await self._cut(result, task_id)
+        result.content = SURROGATE.sub(
+            "\ufffd", result.content
+        )  # the names of files have some; no tokenizer takes them
         return result
 
     async def execute_all(self, calls: Sequence[ToolCall], **options: Any) -> list[ToolResult]:
@@ -339,7 +345,7 @@ class ToolRegistry:
         task = self._tasks.get(task_id or "") or self._tasks.setdefault("", ToolTask(""))
         if task._overflow is None:
             task._overflow = tempfile.TemporaryDirectory(prefix="hermes-atropos-results-")
-        path = Path(task._overflow.name, f"{result.call_id}.txt")
+        path = Path(task._overflow.name, f"{uuid.uuid4().hex[:12]}.txt")
         content = result.content.encode(errors="surrogatepass")
         await run_in_rollout_thread(lambda: path.write_bytes(content), stop=lambda: None)
         return str(path)
@@ -395,8 +401,12 @@ def _from_object(tool: Any, name: str | None, description: str | None) -> Tool:
     text = description or getattr(tool, "description", "") or (tool.__doc__ or "").partition("\n\n")[0]
     definition = _definition(name or getattr(tool, "name", None), text, parameters)
     wants_task = TASK_ID in inspect.signature(tool.execute).parameters
+    model = parameters if isinstance(parameters, type) and issubclass(parameters, BaseModel) else None
 
     def run(arguments: dict[str, Any], task_id: str | None) -> Any:
+        if model is not None:
+            valid = model.model_validate(arguments)
+            arguments = {field: getattr(valid, field) for field in model.model_fields} | (valid.model_extra or {})
         return tool.execute(**arguments, **({TASK_ID: task_id} if wants_task else {}))
 
     return Tool(definition, run, blocking=not inspect.iscoroutinefunction(tool.execute), unchecked=True)
@@ -431,8 +441,11 @@ def _from_function(function: Any, name: str | None, description: str | None) -> 
         known: dict[str, Any] = {"alias": parameter.name}
         if parameter.name in of_parameters:
             known["description"] = of_parameters[parameter.name]
-        default = ... if parameter.default is parameter.empty else parameter.default
-        fields[field_name] = (hints[parameter.name], Field(default, **known))
+        hint, default = hints[parameter.name], parameter.default
+        if isinstance(default, FieldInfo):  # x: int = Field(3, ge=1)
+            fields[field_name] = (typing.Annotated[hint, default], Field(**known))
+        else:
+            fields[field_name] = (hint, Field(... if default is parameter.empty else default, **known))
     try:
         model = create_model(name or "tool", __config__=ConfigDict(extra="forbid"), **fields)
         definition = _definition(name, description or summary, _schema(model))
@@ -478,6 +491,7 @@ HERMES_REFUSED = {
     "memory": "it would carry what one rollout learned into the others",
     "read_terminal": "it belongs to Hermes' desktop application",
     "session_search": "it would show one rollout the others and the user's own sessions",
+    "skill_manage": "it would carry what one rollout learned into the others",
 }
 
 
@@ -621,7 +635,7 @@ class HermesTools(ToolRegistry):
         sandbox = self._tasks[task_id or ""].require_sandbox()
 
         def keep() -> str:
-            path = f"{sandbox.environment().get_temp_dir()}/results/{result.call_id}.txt"
+            path = f"{sandbox.environment().get_temp_dir()}/results/{uuid.uuid4().hex[:12]}.txt"
             sandbox.write_bytes(path, result.content.encode(errors="surrogatepass"))
             return path
 

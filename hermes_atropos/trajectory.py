@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import math
+import numbers
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -397,6 +398,11 @@ class AgentResult:
     def _advantages(self, sequence: SequenceData, score: float) -> list[float] | None:
         if all(step.reward is None for step in self.steps):
             return None
+        for step in self.steps:
+            if step.reward is not None and not (isinstance(step.reward, numbers.Real) and math.isfinite(step.reward)):
+                raise ConfigurationError(
+                    f"step {step.step_number} has the reward {step.reward!r}: give a finite number"
+                )
         rewards = {ref: step.reward for step in self.steps if step.reward is not None for ref in step.turns}
         advantages = [0.0 if mask == MASK else score for mask in sequence.masked_tokens]
         for turn in sequence.metadata.get("turns", ()):
@@ -537,23 +543,30 @@ def _line(result: AgentResult) -> bytes:
     return SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode() + b"\n"
 
 
+def _written_by(record: dict[str, Any]) -> Any:
+    rollout = record.get("rollout")
+    return rollout.get("packages") if isinstance(rollout, dict) else "it does not say which"
+
+
 def _result(line: bytes, where: str) -> AgentResult:
     if not line.endswith(b"\n"):
         raise RecordError(f"{where}: the record is truncated (it lacks its end): the writer was cut off; run it again")
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{where}: the record is damaged and is no JSON ({error}); remove this line") from error
     if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
         raise RecordError(f"{where}: this is no record of a rollout; hand in what write_record wrote")
     if record.get("version") != RECORD_VERSION:
         raise RecordError(
             f"{where}: the record is of version {record.get('version')!r}, and this release reads {RECORD_VERSION}; "
-            f"read it with the release of hermes-atropos that wrote it: {record.get('rollout', {}).get('packages')}"
+            f"read it with the release of hermes-atropos that wrote it: {_written_by(record)}"
         )
     try:
         rollout = record["rollout"]
-        sequences = [SequenceData(**sequence) for sequence in rollout["sequences"]]
+        if not all(isinstance(message["role"], str) for message in rollout["messages"]):
+            raise TypeError("a message has no role")
+        sequences = [_whole_sequence(sequence) for sequence in rollout["sequences"]]
         steps = [
             AgentStep(
                 **step
@@ -570,19 +583,29 @@ def _result(line: bytes, where: str) -> AgentResult:
             | {
                 "steps": steps,
                 "sequences": sequences,
-                "all_sequences": [SequenceData(**sequence) for sequence in rollout["all_sequences"]],
+                "all_sequences": [_whole_sequence(sequence) for sequence in rollout["all_sequences"]],
                 "stop_reason": StopReason(rollout["stop_reason"]),
                 "fidelity": _fidelity(rollout["fidelity"]),
             }
         )
-    except (TypeError, KeyError, IndexError, ValueError, HermesAtroposError) as error:
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, HermesAtroposError) as error:
         raise RecordError(f"{where}: the record is damaged ({error}); remove this line") from error
 
 
 def _sequence(written: Any, sequences: Sequence[SequenceData]) -> SequenceData | None:
     if isinstance(written, int):
+        if written < 0:
+            raise IndexError(f"there is no sequence {written}")
         return sequences[written]
-    return None if written is None else SequenceData(**written)
+    return None if written is None else _whole_sequence(written)
+
+
+def _whole_sequence(written: dict[str, Any]) -> SequenceData:
+    sequence = SequenceData(**written)
+    for turn in sequence.metadata.get("turns", ()):
+        if not (isinstance(turn["ref"], str) and 0 <= turn["start"] <= turn["end"] <= len(sequence)):
+            raise ValueError(f"a sequence of {len(sequence)} tokens has no turn {turn}")
+    return sequence
 
 
 def _fidelity(written: dict[str, Any] | None) -> FidelityReport | None:

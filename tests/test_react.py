@@ -475,7 +475,12 @@ class TestConstruction:
         assert result.sampling == {"temperature": 0.1, "max_tokens": 77, "top_p": 0.5}
 
     @pytest.mark.parametrize(
-        "bad", [{"max_steps": 0}, {"max_tokens": -1}, {"tool_delay_s": -1}, {"turn_time_limit_s": 0}]
+        "bad",
+        [
+            *({"max_steps": 0}, {"max_tokens": -1}, {"tool_delay_s": -1}, {"turn_time_limit_s": 0}),
+            *({"max_steps": "5"}, {"max_steps": None}, {"max_tokens": 1.5}, {"rollout_time_limit_s": "3"}),
+            *({"tool_delay_s": None}, {"max_tool_call_retries": 1.5}, {"temperature": "hot"}, {"temperature": -1}),
+        ],
     )
     def test_limits_have_to_make_sense(self, bad: dict[str, Any]) -> None:
         with pytest.raises(ConfigurationError, match=next(iter(bad))):

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hermes_atropos.backends import ModelTurn
 from hermes_atropos.errors import ConfigurationError, SettingsError
 from hermes_atropos.settings import BRIEF, FULL, Settings, excerpt, log_exchange, redact
+from hermes_atropos.toolcalls import ToolCall
 
 SWITCHES = {
     "ATROPOS_BYPASS_MANAGED_SERVER": ("bypass_managed_server", True),
@@ -149,6 +151,7 @@ def test_secrets_are_not_shown_wherever_they_stand(secret: str) -> None:
         ("Authorization: Bearer abcdefgh12345678", "Authorization: Bearer [redacted]"),
         ("export OPENAI_API_KEY=abcdef1234", "export OPENAI_API_KEY=[redacted]"),
         ("DB_PASSWORD: hunter22", "DB_PASSWORD: [redacted]"),
+        ("db_password=hunter22 now", "db_password=[redacted] now"),
         ("postgres://user:hunter22@db/x", "postgres://[redacted]@db/x"),
         ("git clone https://host/x.git", "git clone https://host/x.git"),
         ("max_tokens=4096 and prompt_tokens: 100000", "max_tokens=4096 and prompt_tokens: 100000"),
@@ -157,6 +160,19 @@ def test_secrets_are_not_shown_wherever_they_stand(secret: str) -> None:
 )
 def test_a_line_without_its_secret(line: str, shown: str) -> None:
     assert redact(line) == shown
+
+
+def test_the_arguments_of_a_call_keep_their_secrets_and_its_schema_is_shown() -> None:
+    arguments = json.dumps({"user": "ann", "password": "hunter22", "api_key": "abcd1234"})
+    turn = ModelTurn(calls=[ToolCall(name="login", arguments=json.loads(arguments))], content=f"<x>{arguments}</x>")
+    for payload in ({"tool_calls": [{"function": {"name": "login", "arguments": arguments}}]}, turn):
+        shown = excerpt(payload, BRIEF)
+        assert json.loads(shown)
+        assert "ann" in shown
+        assert "hunter22" not in shown
+        assert "abcd1234" not in shown
+    schema = {"type": "object", "properties": {"password": {"type": "string"}}, "required": ["password"]}
+    assert json.loads(excerpt(schema, BRIEF)) == schema
 
 
 def test_values_of_telling_keys_are_not_shown() -> None:

@@ -8,10 +8,10 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import pytest
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, field_validator
 
 from hermes_atropos.errors import SandboxError, ToolDefinitionError, UnknownToolsetError, WorkspaceError
 from hermes_atropos.toolcalls import ToolCall
@@ -253,6 +253,77 @@ class TestExecution:
         assert (result.success, result.error) == (False, "LookupError: no such row")
         assert json.loads(result.content) == {"error": "LookupError: no such row"}
         assert result.duration_s is not None
+
+    @pytest.mark.parametrize("error", [StopIteration(), SystemExit(3)])
+    async def test_what_ends_more_than_a_tool_elsewhere_ends_the_tool_alone(self, error: BaseException) -> None:
+        def tool() -> None:
+            raise error
+
+        result = await ToolRegistry([tool]).execute(call("tool"))
+        assert not result.success
+        assert type(error).__name__ in str(result.error)
+
+    async def test_text_that_no_tokenizer_takes(self) -> None:
+        def names() -> str:
+            return "a\udce9.txt"
+
+        def fails() -> str:
+            raise ValueError("a\udce9.txt")
+
+        registry = ToolRegistry([names, fails])
+        assert (await registry.execute(call("names"))).content == "a\ufffd.txt"
+        assert "a\ufffd.txt" in (await registry.execute(call("fails"))).content
+
+    async def test_a_long_result_is_kept_whatever_the_server_calls_the_call(self) -> None:
+        def flood() -> str:
+            return "x" * 1000
+
+        registry = ToolRegistry([flood], max_result_chars=100)
+        async with registry.task() as task:
+            for call_id in ("../../escaped", "a/b", "x" * 300):
+                asked = ToolCall(id=call_id, name="flood")
+                result = await registry.execute(asked, task_id=task.task_id)
+                assert result.overflow is not None
+                assert Path(result.overflow).read_text() == "x" * 1000
+                assert Path(result.overflow).parent.name.startswith("hermes-atropos-results-")
+
+    async def test_a_parameter_may_be_a_pydantic_field(self) -> None:
+        def tool(x: int = Field(3, ge=1, description="how many")) -> int:
+            """Count."""
+            return x
+
+        registry = ToolRegistry([tool])
+        [definition] = registry.definitions
+        shown = definition["function"]["parameters"]["properties"]["x"]
+        assert shown == {"type": "integer", "default": 3, "minimum": 1, "description": "how many"}
+        assert (await registry.execute(call("tool"))).content == "3"
+        assert "greater than or equal to 1" in str((await registry.execute(call("tool", x=-5))).error)
+
+    async def test_a_pydantic_model_checks_the_arguments_of_an_object(self) -> None:
+        class Arguments(BaseModel):
+            x: int
+            unit: str = "m"
+
+            @field_validator("x")
+            @classmethod
+            def above_zero(cls, value: int) -> int:
+                if value <= 0:
+                    raise ValueError("x is to be above 0")
+                return value
+
+        class Measure:
+            name, description, parameters = "measure", "Measure.", Arguments
+
+            def execute(self, x: int, unit: str) -> str:
+                return f"{x} {unit}"
+
+        registry = ToolRegistry([Measure()])
+        assert (await registry.execute(call("measure", x=2))).content == "2 m"
+        assert "x is to be above 0" in str((await registry.execute(call("measure", x=-1))).error)
+
+    def test_tools_come_in_a_list(self) -> None:
+        with pytest.raises(ToolDefinitionError, match=r"write \[print\]"):
+            ToolRegistry(cast(Any, print))
 
     async def test_a_tools_own_timeout_is_not_ours(self) -> None:
         async def tool() -> None:
@@ -522,6 +593,7 @@ class TestHermesTools:
         assert "terminal" in tools
         assert "memory" not in tools
         assert "delegate_task" not in tools
+        assert "skill_manage" not in HermesTools(["skills"])
 
     def test_unknown_and_empty_toolsets(self) -> None:
         with pytest.raises(UnknownToolsetError, match=r"'termnal'.*'terminal'"):

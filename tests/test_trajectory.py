@@ -216,6 +216,13 @@ class TestScoredData:
         assert data["group_overrides"] == {"group_size": 1}
         assert data["overrides"] == [{"temperature": 0.7}]
 
+    @pytest.mark.parametrize("reward", [math.nan, math.inf, "1"])
+    def test_a_reward_is_a_finite_number(self, reward: Any) -> None:
+        result = rollout()
+        result.steps[0].reward = reward
+        with pytest.raises(ConfigurationError, match="step 1 has the reward"):
+            result.to_scored_data(1.0)
+
     def test_the_atropos_api_takes_it(self) -> None:
         received = ScoredData.model_validate_json(json.dumps(rollout().to_scored_data(1.0)))
         assert received.inference_logprobs == [rollout().sequences[0].logprobs]
@@ -372,6 +379,19 @@ class TestRecord:
         damaged["rollout"]["sequences"][0]["logprobs"].pop()
         assert "damaged" in error_of(json.dumps(damaged).encode() + b"\n")
         del damaged["rollout"]["sequences"]
+        assert "damaged" in error_of(json.dumps(damaged).encode() + b"\n")
+        assert "damaged" in error_of(b"[" * 100_000 + b"\n")
+        assert "version 99" in error_of(json.dumps(newer | {"rollout": None}).encode() + b"\n")
+        for name, value in {"messages": "text", "steps": None, "rollout": []}.items():
+            damaged = json.loads(whole)
+            (damaged if name == "rollout" else damaged["rollout"])[name] = value
+            assert "damaged" in error_of(json.dumps(damaged).encode() + b"\n")
+        for metadata in (None, {"turns": 5}, {"turns": [{"ref": "r", "start": 0, "end": 10**6}]}):
+            damaged = json.loads(whole)
+            damaged["rollout"]["sequences"][0]["metadata"] = metadata
+            assert "damaged" in error_of(json.dumps(damaged).encode() + b"\n")
+        damaged = json.loads(whole)
+        damaged["rollout"]["steps"][0]["sequence_data"] = -1
         assert "damaged" in error_of(json.dumps(damaged).encode() + b"\n")
         with pytest.raises(RecordError, match="cannot be read"):
             read_record(tmp_path / "absent.jsonl")

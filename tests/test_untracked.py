@@ -129,6 +129,20 @@ async def test_native_calls_with_broken_arguments_are_told_as_such() -> None:
     assert call.status is ParseStatus.INVALID_JSON
 
 
+async def test_an_answer_to_a_call_that_was_none_comes_from_the_user(
+    backend: UntrackedBackend, wired: OpenAIWire
+) -> None:
+    """Strict servers refuse a tool's message that answers no call."""
+    said = {"role": "assistant", "content": "{bad", "tool_calls": [NATIVE]}
+    wrong = {"role": "tool", "tool_call_id": "call_2", "content": "Error: no JSON"}
+    right = {"role": "tool", "tool_call_id": "call_1", "content": "a.txt"}
+    await backend.sample([*ASK, said, wrong, right, *ASK, {"role": "assistant", "content": "{"}, wrong], TOOLS)
+    sent = [(message["role"], message["content"]) for message in body(wired)["messages"]]
+    told = ("user", "Error: no JSON")
+    asked = ("user", "How many files?")
+    assert sent == [asked, ("assistant", "{bad"), ("tool", "a.txt"), told, asked, ("assistant", "{"), told]
+
+
 async def test_calls_in_the_text() -> None:
     turn = await answer_with({"content": "<think>Look.</think>I look. " + tool_call("terminal", command="ls")})
     assert [call.arguments for call in turn.calls] == [{"command": "ls"}]

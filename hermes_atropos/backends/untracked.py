@@ -237,15 +237,25 @@ _CALL_KEYS = ("id", "type", "function", "extra_content")
 
 
 def clean_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages without our reference to the turn and without a harness' own keys, which strict servers refuse."""
-    cleaned = []
+    """The messages as strict servers take them: without our reference to the turn and without a harness' own keys; what
+    answers a call that was none (a malformed one, which stands in the content) comes from the user."""
+    cleaned: list[dict[str, Any]] = []
+    called: set[str] = set()
+    errors: list[str] = []
     for message in messages:
+        if message.get("role") == "tool" and message.get("tool_call_id") not in called:
+            errors.append(message["content"])
+            continue
+        if message.get("role") != "tool":
+            called = {call["id"] for call in message.get("tool_calls") or ()}
+            cleaned += [{"role": "user", "content": "\n".join(errors)}] if errors else []
+            errors = []
         kept = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
         kept.setdefault("content", None)
         if message.get("tool_calls"):
             kept["tool_calls"] = [{k: call[k] for k in _CALL_KEYS if k in call} for call in message["tool_calls"]]
         cleaned.append(kept)
-    return cleaned
+    return [*cleaned, {"role": "user", "content": "\n".join(errors)}] if errors else cleaned
 
 
 def as_text(
