@@ -18,6 +18,7 @@ import inspect
 import json
 import logging
 import os
+import signal
 import threading
 import time
 import uuid
@@ -43,9 +44,11 @@ from tools.environments.base import set_activity_callback
 from hermes_atropos.backends import TURN_KEY, Backend, ModelTurn
 from hermes_atropos.backends.resolve import resolve
 from hermes_atropos.conversation import Conversation
+from hermes_atropos.conversation import assistant_message as stored_message
 from hermes_atropos.errors import (
     BackendError,
     BackendTimeoutError,
+    ConfigurationError,
     ContextLengthError,
     ToolCallRetriesError,
     UnknownToolsetError,
@@ -147,6 +150,7 @@ class AtroposAIAgent(AIAgent):
     Raises:
         NoServerError, UnsupportedServerError, NoTokenizerError, ChatTemplateError: the model cannot be reached so.
         UnknownToolsetError: a toolset that Hermes does not have.
+        ConfigurationError: ``max_tool_call_retries`` is no count.
         TypeError: an argument that neither Hermes nor this class knows.
     """
 
@@ -167,7 +171,8 @@ class AtroposAIAgent(AIAgent):
         given = {"temperature": temperature, "max_tokens": max_tokens}
         given |= {name: options.pop(name, None) for name in SAMPLING_PARAMETERS}
         routes = {name: options.pop(name, None) for name in HERMES_ROUTES}
-        check_toolsets([*(options.get("enabled_toolsets") or []), *(options.get("disabled_toolsets") or [])])
+        for which in ("enabled_toolsets", "disabled_toolsets"):
+            check_toolsets(options.get(which) or [])
         self._backend = resolve(
             server,
             tokenizer=tokenizer,
@@ -180,6 +185,8 @@ class AtroposAIAgent(AIAgent):
         self._setup(options, {name: value for name, value in given.items() if value is not None}, max_tool_call_retries)
 
     def _setup(self, options: dict[str, Any], sampling: dict[str, Any], max_tool_call_retries: int) -> None:
+        if not isinstance(max_tool_call_retries, int) or max_tool_call_retries < 0:
+            raise ConfigurationError(f"max_tool_call_retries={max_tool_call_retries!r}: give 0 or more")
         self._options = options
         self._sampling = sampling
         self._max_tool_call_retries = max_tool_call_retries
@@ -244,7 +251,8 @@ class AtroposAIAgent(AIAgent):
             sandbox = Sandbox(task_id, Path.cwd(), private=False) if task_id else None
             rollout = agent._new_rollout(sandbox)
             try:
-                return agent._run(rollout, request, options)
+                with interrupting_first(agent._interrupt_own):
+                    return agent._run(rollout, request, options)
             finally:
                 if sandbox is not None:
                     sandbox.release()
@@ -401,12 +409,14 @@ class AtroposAIAgent(AIAgent):
             error=describe(rollout.failure) or result.get("error"),
             sampling=dict(self._sampling),
         )
-        failed = {} if rollout.failure is None else {"failed": True, "completed": False, "cause": rollout.failure}
+        failed = {} if rollout.failure is None else {"failed": True, "cause": rollout.failure}
+        if rollout.signal is not None and str(rollout.signal) in str(result.get("final_response")):
+            failed["final_response"] = f"The model call failed: {trajectory.error}"  # Hermes knows our signal alone
         return {
             "final_response": None,
             "api_calls": len(conversation.steps),
-            "completed": reason is StopReason.COMPLETED,
             **result,
+            "completed": reason is StopReason.COMPLETED,
             **failed,
             "error": trajectory.error,
             "messages": without_system(messages),
@@ -521,8 +531,11 @@ class AtroposAIAgent(AIAgent):
 
     def _build_assistant_message(self, assistant_message: Any, finish_reason: str) -> dict[str, Any]:
         message: dict[str, Any] = super()._build_assistant_message(assistant_message, finish_reason)
-        if self._last_turn is not None:
-            message[TURN_KEY] = self._last_turn.ref
+        turn = self._last_turn
+        if turn is not None:
+            message[TURN_KEY] = turn.ref
+            if not all(call.ok for call in turn.calls):  # those that are none, Hermes has never seen
+                message["content"] = stored_message(turn)["content"]
         return message
 
     def _handle_max_iterations(self, messages: list[dict[str, Any]], api_call_count: int) -> str:
@@ -554,6 +567,7 @@ class AtroposAIAgent(AIAgent):
         if messages[-1].get("content") == "(empty)":
             return  # Hermes' word for no answer, in place of all that led to it: saved whole once the run is over
         self._saved = True
+        completed = completed and not self._interrupt_requested
         super()._save_trajectory(self._rollout.conversation.expand(messages), user_query, completed)
 
     def _convert_to_trajectory_format(
@@ -663,6 +677,33 @@ class Task:
         await self._sandbox.call(lambda: self._sandbox.write_bytes(path, data))
 
 
+@contextlib.contextmanager
+def interrupting_first(interrupt: Callable[[], object]) -> Iterator[None]:
+    """For the length of the block, Ctrl-C calls ``interrupt`` before it raises ``KeyboardInterrupt``.
+
+    Hermes runs subagents and several tools at once on pools of threads, which let no exception pass before their
+    threads have ended; and a subagent that its parent has left is no longer told. Whoever handles SIGINT in another way
+    is left to it.
+    """
+    on_main = threading.current_thread() is threading.main_thread()
+    if not on_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        # On a thread, because this one may hold a lock that it takes.
+        thread = threading.Thread(target=interrupt, name="hermes-atropos-ctrl-c", daemon=True)
+        thread.start()
+        thread.join(0.5)  # seconds, of the one within which all is to end
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def weak_method(method: Callable[..., T]) -> Callable[..., T]:
     """Call ``method`` without keeping its object alive."""
     reference = weakref.WeakMethod(method)
@@ -694,6 +735,8 @@ def saved_result(turn: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 def check_toolsets(names: Sequence[str]) -> None:
     """Raise ``UnknownToolsetError`` for a name that Hermes would pass over in silence."""
+    if isinstance(names, str):
+        raise UnknownToolsetError(f"{names!r} is no list of toolsets: write [{names!r}]")
     for name in names:
         if not toolsets.validate_toolset(name):
             known = sorted(toolsets.get_all_toolsets())

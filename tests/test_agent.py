@@ -420,6 +420,9 @@ class TestSavedTrajectories:
         refused, answered = tool_texts(result["messages"])
         assert "no_such_tool" in refused
         assert json.loads(answered)["output"] == "hi"
+        said = result["messages"][1]
+        assert "no_such_tool" in said["content"]
+        assert len(said["tool_calls"]) == 1
         [entry] = saved(tmp_path / "trajectory_samples.jsonl")
         tool = next(turn["value"] for turn in entry["conversations"] if turn["from"] == "tool")
         by_name = {

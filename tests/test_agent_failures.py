@@ -113,6 +113,8 @@ async def test_fault(name: str, saving: bool, workspace: Path, monkeypatch: pyte
         assert (result["failed"], result["completed"]) == (True, False)
         assert str(result["cause"]) in result["error"]
         assert result["error"] == trajectory.error
+        if result["final_response"]:  # what chat() returns
+            assert str(result["cause"]) in result["final_response"]
         assert trajectory.final_response == "", "the model came to no answer, and no one else's words are its own"
     roles = [message["role"] for message in result["messages"]]
     assert roles[:3] == ["user", "assistant", "tool"]
@@ -433,6 +435,13 @@ class TestBadInput:
         self.refused(
             UnknownToolsetError, "'terminl'", "'terminal'", server=ScriptedServer([]), **{argument: ["terminl"]}
         )
+
+    def test_toolsets_that_are_no_list(self) -> None:
+        self.refused(UnknownToolsetError, "['terminal']", server=ScriptedServer([]), enabled_toolsets="terminal")
+
+    @pytest.mark.parametrize("count", [-1, "3", 1.5])
+    def test_retries_that_cannot_be_counted(self, count: Any) -> None:
+        self.refused(ConfigurationError, repr(count), server=ScriptedServer([]), max_tool_call_retries=count)
 
     def test_a_malformed_setting(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ATROPOS_AGENT_CHAT_TIMEOUT_S", "soon")

@@ -467,13 +467,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from hermes_atropos.profile import use_training_profile
 home = str(use_training_profile())
 from support import agent_on, processes, terminal, until
-from hermes_atropos.testing import Reply, ScriptedServer
+from hermes_atropos.testing import Reply, ScriptedServer, tool_call
 
 def model(messages):
     where = sys.argv[1]
     if where == "model":
         print("now", flush=True)
         return Reply(hang=True)
+    if where == "subagents" and "Go." in str(messages):
+        return tool_call("delegate_task", tasks=[{"goal": "Wait."}, {"goal": "Wait, too."}])
     return terminal("echo > started; bash -c 'sleep 1000 & setsid sleep 1000 & sleep 1000'")
 
 def watch():
@@ -482,8 +484,8 @@ def watch():
     print("now", flush=True)
 
 server = ScriptedServer(model)
-agent = agent_on(server, save_trajectories=True)
-if sys.argv[1] == "tool":
+agent = agent_on(server, save_trajectories=True, enabled_toolsets=["terminal", "delegation"])
+if sys.argv[1] != "model":
     threading.Thread(target=watch, daemon=True).start()
 try:
     if sys.argv[2] == "async":
@@ -502,7 +504,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-@pytest.mark.parametrize("where", ["model", "tool"])
+@pytest.mark.parametrize("where", ["model", "tool", "subagents"])
 def test_ctrl_c(tmp_path: Path, where: str, kind: str) -> None:
     """It ends the request, the tool's processes and the program, which may say something before it goes."""
     temporary = tmp_path / "tmp"
@@ -529,6 +531,7 @@ def test_ctrl_c(tmp_path: Path, where: str, kind: str) -> None:
     assert told["reason"].split()[0] in {"interrupted", "cancelled"}
     assert list(temporary.iterdir()) == [], "not even the training profile's home is left"
     [saved] = list(tmp_path.glob("*.jsonl"))
+    assert saved.name == "failed_trajectories.jsonl"
     [entry] = map(json.loads, saved.read_text().splitlines())
     assert [turn["from"] for turn in entry["conversations"]][:2] == ["system", "human"]
 
