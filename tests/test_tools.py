@@ -263,7 +263,9 @@ class TestExecution:
         assert not result.success
         assert type(error).__name__ in str(result.error)
 
-    async def test_text_that_no_tokenizer_takes(self) -> None:
+    async def test_text_that_no_tokenizer_takes(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("CRITICAL", logger="hermes_atropos.tools")  # no stream takes it either
+
         def names() -> str:
             return "a\udce9.txt"
 
