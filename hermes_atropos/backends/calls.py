@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import socket
 import time
@@ -296,13 +297,13 @@ def typed(error: Exception, server: Any) -> HermesAtroposError:
             return response_error(str(response.url), response.status_code, response.text, response.headers)
         case TimeoutError() | httpx.TimeoutException() | openai.APITimeoutError():
             return BackendTimeoutError(f"{url} did not answer in time", url=url)
-        case aiohttp.ClientResponseError() | httpx.DecodingError() | httpx.TooManyRedirects():
+        case aiohttp.ClientResponseError() | httpx.DecodingError() | httpx.TooManyRedirects() | json.JSONDecodeError():
             return BackendResponseError(f"{url} gave no answer to what was asked: {error}", url=url)
         case ConnectionError() | socket.gaierror() | aiohttp.ClientError():
             return BackendConnectionError(f"no answer from {url}: {error or type(error).__name__}", url=url)
         case httpx.TransportError() | openai.APIConnectionError():
             return BackendConnectionError(f"no answer from {url}: {error.__cause__ or error}", url=url)
-    return BackendError(f"the token call of {type(server).__name__} failed: {type(error).__name__}: {error}", url=url)
+    return BackendError(f"the call of {type(server).__name__} failed: {type(error).__name__}: {error}", url=url)
 
 
 def url_of(server: Any) -> str | None:
