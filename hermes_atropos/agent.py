@@ -56,7 +56,7 @@ from hermes_atropos.errors import (
 from hermes_atropos.profile import active_profile
 from hermes_atropos.runtime import check_not_on, home_loop, portal_loop, run_in_rollout_thread, run_to_end, turnstile
 from hermes_atropos.sandbox import CommandResult, Sandbox
-from hermes_atropos.trajectory import SequenceData, StopReason
+from hermes_atropos.trajectory import SequenceData, StopReason, is_number
 from hermes_atropos.upstream import rebound
 
 if active_profile() is not None:
@@ -173,6 +173,8 @@ class AtroposAIAgent(AIAgent):
         routes = {name: options.pop(name, None) for name in HERMES_ROUTES}
         for which in ("enabled_toolsets", "disabled_toolsets"):
             check_toolsets(options.get(which) or [])
+        if not (is_number(max_tool_call_retries, whole=True) and max_tool_call_retries >= 0):
+            raise ConfigurationError(f"max_tool_call_retries={max_tool_call_retries!r}: give 0 or more")
         self._backend = resolve(
             server,
             tokenizer=tokenizer,
@@ -185,8 +187,6 @@ class AtroposAIAgent(AIAgent):
         self._setup(options, {name: value for name, value in given.items() if value is not None}, max_tool_call_retries)
 
     def _setup(self, options: dict[str, Any], sampling: dict[str, Any], max_tool_call_retries: int) -> None:
-        if not isinstance(max_tool_call_retries, int) or max_tool_call_retries < 0:
-            raise ConfigurationError(f"max_tool_call_retries={max_tool_call_retries!r}: give 0 or more")
         self._options = options
         self._sampling = sampling
         self._max_tool_call_retries = max_tool_call_retries

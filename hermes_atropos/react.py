@@ -13,8 +13,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
-import numbers
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +32,7 @@ from hermes_atropos.settings import redact
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.toolcalls.words import call_schema
 from hermes_atropos.tools import ToolRegistry, ToolResult, ToolTask
-from hermes_atropos.trajectory import AgentResult, SequenceData, StopReason
+from hermes_atropos.trajectory import AgentResult, SequenceData, StopReason, is_number
 
 if TYPE_CHECKING:
     from hermes_atropos.backends import ModelTurn
@@ -98,11 +96,6 @@ class AgentConfig:
         """What is sent with each model call."""
         known = {"temperature": self.temperature, "max_tokens": self.max_tokens}
         return {name: value for name, value in known.items() if value is not None} | dict(self.sampling)
-
-
-def is_number(value: Any, *, whole: bool = False) -> bool:
-    kind = numbers.Integral if whole else numbers.Real
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class AtroposAgent:

@@ -108,11 +108,9 @@ def run_into(outcome: concurrent.futures.Future[T], function: Callable[[], T]) -
         return
     try:
         outcome.set_result(function())
-    except StopIteration as error:  # which no coroutine can be told
-        outcome.set_exception(RuntimeError(f"StopIteration: {error}"))
-        del outcome
     except BaseException as error:
-        outcome.set_exception(error)
+        told = RuntimeError(f"StopIteration: {error}") if isinstance(error, StopIteration) else error
+        outcome.set_exception(told)  # a coroutine cannot be told of a StopIteration
         del outcome  # the error knows this frame, which would know the error
 
 

@@ -128,13 +128,15 @@ def excerpt(payload: Any, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]}… [{len(text) - limit} more characters]"
 
 
-def _bounded(value: Any, limit: int) -> Any:
+def _bounded(value: Any, limit: int, *, schemas: bool = False) -> Any:
+    """``value`` without secrets and with little that ``limit`` would cut; ``schemas``: it has JSON schemas by name."""
     if isinstance(value, str):
         return value if len(value) <= limit else f"{value[:limit]}… [{len(value) - limit} more characters]"
     if isinstance(value, Mapping):
-        # What a secret's name leads to in a JSON schema is no secret.
         return {
-            str(k): "[redacted]" if _SECRET_KEY.search(str(k)) and not isinstance(v, Mapping) else _bounded(v, limit)
+            str(k): "[redacted]"
+            if _SECRET_KEY.search(str(k)) and not (schemas and isinstance(v, Mapping))
+            else _bounded(v, limit, schemas=k == "properties")
             for k, v in value.items()
         }
     if is_dataclass(value) and not isinstance(value, type):

@@ -294,9 +294,8 @@ class ToolRegistry:
         result.call_id, result.duration_s = call.id, time.perf_counter() - started
         if len(result.content) > self.max_result_chars:
             await self._cut(result, task_id)
-        result.content = SURROGATE.sub(
-            "\ufffd", result.content
-        )  # the names of files have some; no tokenizer takes them
+        # The names of files may have some, and no tokenizer takes them.
+        result.content = SURROGATE.sub("\ufffd", result.content)
         return result
 
     async def execute_all(self, calls: Sequence[ToolCall], **options: Any) -> list[ToolResult]:
@@ -385,8 +384,6 @@ def _definition(name: Any, description: Any, parameters: Any) -> dict[str, Any]:
         raise ToolDefinitionError(
             f"{name!r} is no name for a tool: give one of 1 to 64 letters, digits, _ and - as name="
         )
-    if isinstance(parameters, type) and issubclass(parameters, BaseModel):
-        parameters = _schema(parameters)
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise ToolDefinitionError(
             f"the tool {name!r} needs parameters: a JSON schema of type object, or a pydantic model"
@@ -399,14 +396,16 @@ def _from_object(tool: Any, name: str | None, description: str | None) -> Tool:
     tool = tool() if isinstance(tool, type) else tool
     parameters = getattr(tool, "parameters", None)
     text = description or getattr(tool, "description", "") or (tool.__doc__ or "").partition("\n\n")[0]
-    definition = _definition(name or getattr(tool, "name", None), text, parameters)
-    wants_task = TASK_ID in inspect.signature(tool.execute).parameters
     model = parameters if isinstance(parameters, type) and issubclass(parameters, BaseModel) else None
+    schema = parameters if model is None else _schema(model)
+    definition = _definition(name or getattr(tool, "name", None), text, schema)
+    wants_task = TASK_ID in inspect.signature(tool.execute).parameters
 
     def run(arguments: dict[str, Any], task_id: str | None) -> Any:
         if model is not None:
             valid = model.model_validate(arguments)
-            arguments = {field: getattr(valid, field) for field in model.model_fields} | (valid.model_extra or {})
+            named = {field.alias or name: getattr(valid, name) for name, field in model.model_fields.items()}
+            arguments = named | (valid.model_extra or {})  # as the schema calls them
         return tool.execute(**arguments, **({TASK_ID: task_id} if wants_task else {}))
 
     return Tool(definition, run, blocking=not inspect.iscoroutinefunction(tool.execute), unchecked=True)

@@ -125,14 +125,15 @@ class SequenceData:
         sampled = [position for position, mask in enumerate(self.masked_tokens) if mask != MASK]
         masked = len(self.tokens) - len(sampled)
         # No logprob that fits a sampled token counts here. Counting takes a fraction of looking at each position.
-        if all(map(self._fits, sampled)) and self.logprobs.count(PROMPT_LOGPROB) == masked:
+        counts = self.logprobs.count(PROMPT_LOGPROB) == masked and MASK not in self.tokens
+        if counts and all(map(self._fits, sampled)):
             return None
         return next(position for position in range(len(self.tokens)) if not self._fits(position))
 
     def _fits(self, position: int) -> bool:
         token, mask, logprob = self.tokens[position], self.masked_tokens[position], self.logprobs[position]
         if mask == MASK:
-            return logprob == PROMPT_LOGPROB
+            return token != MASK and logprob == PROMPT_LOGPROB
         return mask == token >= 0 and type(logprob) is float and -math.inf < logprob <= 0
 
     @classmethod
@@ -399,7 +400,7 @@ class AgentResult:
         if all(step.reward is None for step in self.steps):
             return None
         for step in self.steps:
-            if step.reward is not None and not (isinstance(step.reward, numbers.Real) and math.isfinite(step.reward)):
+            if step.reward is not None and not is_number(step.reward):
                 raise ConfigurationError(
                     f"step {step.step_number} has the reward {step.reward!r}: give a finite number"
                 )
@@ -411,6 +412,12 @@ class AgentResult:
                     if sequence.masked_tokens[position] != MASK:
                         advantages[position] = float(rewards[turn["ref"]])
         return advantages
+
+
+def is_number(value: Any, *, whole: bool = False) -> bool:
+    """Whether a value from outside is a finite number, or a whole one."""
+    kind = numbers.Integral if whole else numbers.Real
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _sequences(ledger: Ledger, decode: Callable[[list[int]], str], *, include_discarded: bool) -> list[SequenceData]:

@@ -173,6 +173,7 @@ def test_the_arguments_of_a_call_keep_their_secrets_and_its_schema_is_shown() ->
         assert "abcd1234" not in shown
     schema = {"type": "object", "properties": {"password": {"type": "string"}}, "required": ["password"]}
     assert json.loads(excerpt(schema, BRIEF)) == schema
+    assert "xyz" not in excerpt({"credentials": {"type": "account", "user": "xyz"}}, BRIEF)
 
 
 def test_values_of_telling_keys_are_not_shown() -> None:

@@ -135,12 +135,21 @@ async def test_an_answer_to_a_call_that_was_none_comes_from_the_user(
     """Strict servers refuse a tool's message that answers no call."""
     said = {"role": "assistant", "content": "{bad", "tool_calls": [NATIVE]}
     wrong = {"role": "tool", "tool_call_id": "call_2", "content": "Error: no JSON"}
+    worse = {"role": "tool", "tool_call_id": "call_3", "content": [{"type": "text", "text": "x"}]}
     right = {"role": "tool", "tool_call_id": "call_1", "content": "a.txt"}
-    await backend.sample([*ASK, said, wrong, right, *ASK, {"role": "assistant", "content": "{"}, wrong], TOOLS)
+    await backend.sample([*ASK, said, wrong, right, *ASK, {"role": "assistant", "content": "{"}, wrong, worse], TOOLS)
     sent = [(message["role"], message["content"]) for message in body(wired)["messages"]]
     told = ("user", "Error: no JSON")
     asked = ("user", "How many files?")
-    assert sent == [asked, ("assistant", "{bad"), ("tool", "a.txt"), told, asked, ("assistant", "{"), told]
+    assert sent == [
+        asked,
+        ("assistant", "{bad"),
+        ("tool", "a.txt"),
+        told,
+        asked,
+        ("assistant", "{"),
+        ("user", told[1] + '\n[{"type": "text", "text": "x"}]'),
+    ]
 
 
 async def test_calls_in_the_text() -> None:

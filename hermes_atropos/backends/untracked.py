@@ -241,21 +241,27 @@ def clean_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     answers a call that was none (a malformed one, which stands in the content) comes from the user."""
     cleaned: list[dict[str, Any]] = []
     called: set[str] = set()
-    errors: list[str] = []
+    told: dict[str, Any] | None = None  # the user's word, after the answers to the turn's calls
     for message in messages:
-        if message.get("role") == "tool" and message.get("tool_call_id") not in called:
-            errors.append(message["content"])
-            continue
         if message.get("role") != "tool":
-            called = {call["id"] for call in message.get("tool_calls") or ()}
-            cleaned += [{"role": "user", "content": "\n".join(errors)}] if errors else []
-            errors = []
+            called, told = {call["id"] for call in message.get("tool_calls") or ()}, None
+        elif message.get("tool_call_id") not in called:
+            if told:
+                told["content"] += "\n" + _result_text(message)
+            else:
+                cleaned.append(told := {"role": "user", "content": _result_text(message)})
+            continue
         kept = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
         kept.setdefault("content", None)
         if message.get("tool_calls"):
             kept["tool_calls"] = [{k: call[k] for k in _CALL_KEYS if k in call} for call in message["tool_calls"]]
-        cleaned.append(kept)
-    return [*cleaned, {"role": "user", "content": "\n".join(errors)}] if errors else cleaned
+        cleaned.insert(len(cleaned) - (told is not None), kept)
+    return cleaned
+
+
+def _result_text(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else json.dumps(content)
 
 
 def as_text(
@@ -276,7 +282,7 @@ def as_text(
             continue
         if role == "tool":
             name = message.get("name") or names.get(message.get("tool_call_id", ""), "")
-            block = tool_response(name, content if isinstance(content, str) else json.dumps(content))
+            block = tool_response(name, _result_text(message))
             if in_results:
                 texts[-1]["content"] += "\n" + block
             else:
