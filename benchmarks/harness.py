@@ -109,7 +109,7 @@ async def run_ours(options: argparse.Namespace) -> dict[str, float]:
 
     use_training_profile()
     from hermes_atropos import AtroposAIAgent
-    from hermes_atropos.sandbox import Sandbox
+    from hermes_atropos.hermes.terminal import Sandbox
 
     server = quick_server(terminal_replies())
 

@@ -50,7 +50,7 @@ def main() -> None:
     if not options.side:
         compare(options)
         return
-    from hermes_atropos.profile import use_training_profile
+    from hermes_atropos.hermes.profile import use_training_profile
 
     use_training_profile()
     figures = asyncio.run(SIDES[options.side](options))
@@ -154,7 +154,7 @@ async def run_bare(options: argparse.Namespace) -> dict[str, float]:
 
 
 async def run_sandboxed(options: argparse.Namespace) -> dict[str, float]:
-    from hermes_atropos.sandbox import Sandbox
+    from hermes_atropos.hermes.terminal import Sandbox
 
     sandboxes = [Sandbox() for _ in range(options.rollouts + 1)]
     figures = call_directly([sandbox.hermes_id for sandbox in sandboxes], options.threads)
@@ -181,14 +181,14 @@ def call_directly(tasks: list[str], threads: int) -> dict[str, float]:
 
 
 async def run_small(options: argparse.Namespace) -> dict[str, float]:
+    from hermes_atropos.hermes.tools import HermesTools
     from hermes_atropos.react import AtroposAgent
-    from hermes_atropos.tools import HermesTools
 
     return await run_tasks(AtroposAgent(quick_server(terminal_replies()), HermesTools(["terminal"])), options)
 
 
 async def run_hermes(options: argparse.Namespace) -> dict[str, float]:
-    from hermes_atropos.agent import AtroposAIAgent
+    from hermes_atropos.hermes.agent import AtroposAIAgent
     from hermes_atropos.testing import ScriptedServer
 
     def model(messages: list[dict[str, str]]) -> str:
@@ -287,8 +287,8 @@ def terminal_replies() -> list[str]:
 
 async def run_many(options: argparse.Namespace) -> dict[str, float]:
     """Rollouts that are all under way at once: the model answers each only when all have asked."""
+    from hermes_atropos.hermes.tools import HermesTools
     from hermes_atropos.react import AtroposAgent
-    from hermes_atropos.tools import HermesTools
 
     asked = 0
     everyone = asyncio.Event()

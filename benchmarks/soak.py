@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hermes_atropos.profile import use_training_profile
+from hermes_atropos.hermes.profile import use_training_profile
 
 # A temporary folder of this process alone, so that whatever is in it at the end was left there.
 FOLDER = Path(tempfile.mkdtemp(prefix="soak-"))
@@ -40,7 +40,7 @@ PROFILE = use_training_profile()
 from tools import terminal_tool  # noqa: E402  (Hermes' own, once it knows its home)
 
 from hermes_atropos import AtroposAIAgent, StopReason  # noqa: E402
-from hermes_atropos.sandbox import MARKER  # noqa: E402
+from hermes_atropos.hermes.terminal import MARKER  # noqa: E402
 from hermes_atropos.testing import Reply, ScriptedServer, tool_call  # noqa: E402
 
 LATENCY_S = 0.2

@@ -31,7 +31,7 @@ from typing import Any
 from atroposlib.envs.server_handling.managed_server import ManagedServer
 from atroposlib.envs.server_handling.server_baseline import APIServer, APIServerConfig
 
-from hermes_atropos.backends.tracked import ExactManagedServer
+from hermes_atropos.backends.managed import ExactManagedServer
 from hermes_atropos.testing import chatml_tokenizer
 
 SIDES: dict[str, Callable[..., Any]] = {"atroposlib": ManagedServer, "hermes_atropos": ExactManagedServer}

@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hermes_atropos.agent import AtroposAIAgent, Task
-    from hermes_atropos.backends.tracked import ExactManagedServer
-    from hermes_atropos.profile import use_training_profile
+    from hermes_atropos.backends.managed import ExactManagedServer
+    from hermes_atropos.hermes.agent import AtroposAIAgent, Task
+    from hermes_atropos.hermes.profile import use_training_profile
     from hermes_atropos.trajectory import AgentResult, AgentStep, SequenceData, StopReason
 
 __all__ = [
@@ -28,12 +28,12 @@ __all__ = [
 _ROOMS = {
     "AgentResult": "trajectory",
     "AgentStep": "trajectory",
-    "AtroposAIAgent": "agent",
-    "ExactManagedServer": "backends.tracked",
+    "AtroposAIAgent": "hermes.agent",
+    "ExactManagedServer": "backends.managed",
     "SequenceData": "trajectory",
     "StopReason": "trajectory",
-    "Task": "agent",
-    "use_training_profile": "profile",
+    "Task": "hermes.agent",
+    "use_training_profile": "hermes.profile",
 }
 
 

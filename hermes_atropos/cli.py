@@ -57,7 +57,7 @@ def _view(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from hermes_atropos import viewer
-    from hermes_atropos.backends.resolve import load_tokenizer
+    from hermes_atropos.rendering.tokenizers import load_tokenizer
     from hermes_atropos.trajectory import read_records
 
     result = next(islice(read_records(options.record), max(options.index, 0), None), None)
@@ -82,8 +82,8 @@ def _view(options: argparse.Namespace) -> None:
 
 
 def _probe(options: argparse.Namespace) -> None:
-    from hermes_atropos.backends.probe import probe
-    from hermes_atropos.backends.resolve import load_tokenizer
+    from hermes_atropos.rendering.tokenizers import load_tokenizer
+    from hermes_atropos.servers.probe import probe
 
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     found = asyncio.run(probe(options.url, options.model, tokenizer, options.api_key))
@@ -93,8 +93,8 @@ def _probe(options: argparse.Namespace) -> None:
 
 
 def _versions(options: argparse.Namespace) -> None:
-    from hermes_atropos.trajectory import package_versions
-    from hermes_atropos.versions import SUPPORTED, check_versions
+    from hermes_atropos.hermes.versions import SUPPORTED, check_versions
+    from hermes_atropos.trajectory.result import package_versions
 
     for name, version in package_versions().items():
         supported = f"  (supported: {SUPPORTED[name]})" if name in SUPPORTED else ""

@@ -17,9 +17,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from hermes_atropos.backends import TURN_KEY, Backend, ModelTurn, TrackingBackend
+from hermes_atropos.backends import Backend, ModelTurn, TrackingBackend
 from hermes_atropos.errors import BackendTimeoutError, ToolCallRetriesError
-from hermes_atropos.settings import Settings, log_exchange
+from hermes_atropos.logs import log_exchange
+from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.settings import Settings
 from hermes_atropos.toolcalls import ToolCall, error_result, validate
 from hermes_atropos.trajectory import AgentResult, AgentStep, StopReason, ToolResult
 

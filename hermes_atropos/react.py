@@ -28,15 +28,16 @@ from hermes_atropos.errors import (
     ToolCallRetriesError,
     ToolDefinitionError,
 )
-from hermes_atropos.settings import redact
+from hermes_atropos.logs import redact
 from hermes_atropos.toolcalls import ToolCall
-from hermes_atropos.toolcalls.words import call_schema
+from hermes_atropos.toolcalls.prompts import call_schema
 from hermes_atropos.tools import ToolRegistry, ToolResult, ToolTask
-from hermes_atropos.trajectory import AgentResult, SequenceData, StopReason, is_number
+from hermes_atropos.trajectory import AgentResult, SequenceData, StopReason
+from hermes_atropos.trajectory.result import is_number
 
 if TYPE_CHECKING:
     from hermes_atropos.backends import ModelTurn
-    from hermes_atropos.sandbox import CommandResult, Sandbox
+    from hermes_atropos.hermes.terminal import CommandResult, Sandbox
 
 __all__ = ["AgentConfig", "AgentTask", "AtroposAgent"]
 

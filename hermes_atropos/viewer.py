@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hermes_atropos.errors import NoTokenizerError
-from hermes_atropos.ledger import MASK, TURN_KEY
+from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.tokens.ledger import MASK
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.trajectory import AgentResult, AgentStep, SequenceData, ToolResult
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from hermes_atropos.profile import use_training_profile
+from hermes_atropos.hermes.profile import use_training_profile
 
 pytest.register_assert_rewrite("support")
 use_training_profile()

@@ -35,8 +35,8 @@ from wire import MODEL, OpenAIWire
 
 import hermes_atropos
 from hermes_atropos import AtroposAIAgent, ExactManagedServer, SequenceData, StopReason
-from hermes_atropos.backends import TURN_KEY
 from hermes_atropos.errors import UntrackedError
+from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
 
 MALFORMED = '<tool_call>\n{"name": "terminal", "arguments": {"command": }\n</tool_call>'

@@ -131,7 +131,7 @@ class TestSynchronous:
 NESTED = """
 import os, threading
 from support import agent_on
-from hermes_atropos.profile import use_training_profile
+from hermes_atropos.hermes.profile import use_training_profile
 from hermes_atropos.testing import ScriptedServer
 
 helper = agent_on(ScriptedServer(lambda _: "Hi."))
@@ -464,7 +464,7 @@ class TestCancellation:
 INTERRUPTED = """
 import asyncio, glob, os, signal, sys, tempfile, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from hermes_atropos.profile import use_training_profile
+from hermes_atropos.hermes.profile import use_training_profile
 home = str(use_training_profile())
 from support import agent_on, processes, terminal, until
 from hermes_atropos.testing import Reply, ScriptedServer, tool_call

@@ -21,8 +21,8 @@ from support import (
 )
 
 from hermes_atropos import StopReason
-from hermes_atropos.ledger import BreakCause
 from hermes_atropos.testing import Reply, ScriptedRequest, ScriptedServer, chatml_tokenizer, tool_call
+from hermes_atropos.tokens.ledger import BreakCause
 
 MALFORMED = '<tool_call>\n{"name": "terminal", "arguments": {"command": }\n</tool_call>'
 

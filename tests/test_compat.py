@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from hermes_atropos.versions import SUPPORTED
+from hermes_atropos.hermes.versions import SUPPORTED
 
 COMPAT = Path(__file__).parent.parent / "compat"
 

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import check_tokens, check_unbroken, tool_turn, user_turn
 
-from hermes_atropos.backends import TURN_KEY
+from hermes_atropos.backends.chat import UntrackedBackend
 from hermes_atropos.backends.tracked import TrackedBackend
-from hermes_atropos.backends.untracked import UntrackedBackend
 from hermes_atropos.conversation import Conversation
 from hermes_atropos.errors import BackendError, BackendTimeoutError, ToolCallRetriesError
+from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.toolcalls import ParseStatus
 from hermes_atropos.trajectory import AgentResult, StopReason

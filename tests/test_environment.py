@@ -23,8 +23,8 @@ from atroposlib.envs.server_handling.openai_server import OpenAIServer
 
 from hermes_atropos.environment import HermesEnv, HermesEnvConfig
 from hermes_atropos.errors import BackendResponseError, HermesAtroposError, UnknownToolsetError, UntrackedError
-from hermes_atropos.ledger import MASK
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
+from hermes_atropos.tokens.ledger import MASK
 from hermes_atropos.trajectory import StopReason, read_records
 
 #: An answer that nobody asks for again.
@@ -303,7 +303,7 @@ def test_a_bad_configuration_is_found_at_construction(make: Any) -> None:
 
 def test_importing_the_room_puts_the_process_under_the_training_profile() -> None:
     script = (
-        "import hermes_atropos.environment, hermes_constants; from hermes_atropos.profile import active_profile;"
+        "import hermes_atropos.environment, hermes_constants; from hermes_atropos.hermes.profile import active_profile;"
         "assert hermes_constants.get_hermes_home() == active_profile()"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=100)

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import check_tokens
 
-from hermes_atropos.backends import TURN_KEY
 from hermes_atropos.backends.tracked import TrackedBackend
 from hermes_atropos.conversation import Conversation, assistant_message, tool_message
 from hermes_atropos.errors import ChatTemplateError, ToolCallRetriesError
+from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.rendering import renderer_for
 from hermes_atropos.rendering.library import LibraryRenderer
 from hermes_atropos.testing import Reply, ScriptedServer

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermes_atropos.errors import TokenFidelityError
-from hermes_atropos.ledger import MASK, PROMPT_LOGPROB, TURN_KEY, BreakCause, FidelityReport, Ledger, Turn
+from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.tokens.ledger import MASK, PROMPT_LOGPROB, BreakCause, FidelityReport, Ledger, Turn
 
 END = 3
 

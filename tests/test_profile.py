@@ -16,7 +16,7 @@ def run(script: str, cwd: Path, **environ: str) -> list[str]:
 def test_hermes_finds_a_home_that_goes_with_the_process(tmp_path: Path) -> None:
     script = """
 import os
-from hermes_atropos.profile import active_profile, use_training_profile
+from hermes_atropos.hermes.profile import active_profile, use_training_profile
 assert active_profile() is None
 home = use_training_profile()
 assert active_profile() == home == use_training_profile()
@@ -48,7 +48,7 @@ def test_credentials_of_providers_are_taken_away_and_others_left(tmp_path: Path)
     kept = ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DATABASE_BASE_URL", "MY_SERVICE_API_KEY"]
     script = f"""
 import os
-from hermes_atropos.profile import use_training_profile
+from hermes_atropos.hermes.profile import use_training_profile
 use_training_profile()
 print(*[name for name in {gone + kept} if name in os.environ])
 """
@@ -58,7 +58,7 @@ print(*[name for name in {gone + kept} if name in os.environ])
 
 def test_after_hermes_it_is_too_late(tmp_path: Path) -> None:
     script = """
-import hermes_atropos.agent
+import hermes_atropos.hermes.agent
 from hermes_atropos import use_training_profile
 from hermes_atropos.errors import ConfigurationError
 try:
@@ -74,7 +74,7 @@ def test_importing_the_library_imports_no_hermes(tmp_path: Path) -> None:
     """Hermes reads its home when it is imported: one has to get to the profile before it. It is cheap as well."""
     script = """
 import sys
-import hermes_atropos, hermes_atropos.profile, hermes_atropos.trajectory, hermes_atropos.errors, hermes_atropos.settings
+import hermes_atropos, hermes_atropos.hermes.profile, hermes_atropos.trajectory, hermes_atropos.settings
 print(*{"run_agent", "hermes_constants", "transformers", "renderers", "torch"} & sys.modules.keys())
 """
     assert run(script, tmp_path) == [""]
@@ -83,7 +83,7 @@ print(*{"run_agent", "hermes_constants", "transformers", "renderers", "torch"} &
 def test_a_forked_process_leaves_the_home_to_its_parent(tmp_path: Path) -> None:
     script = """
 import os, sys
-from hermes_atropos.profile import use_training_profile
+from hermes_atropos.hermes.profile import use_training_profile
 home = use_training_profile()
 child = os.fork()
 if not child:
@@ -99,7 +99,7 @@ def test_worker_processes_can_use_it_too(method: str, tmp_path: Path) -> None:
     """As a data loader's or a pool's workers; a spawned one makes a home of its own, or uses its parent's."""
     (tmp_path / "workers.py").write_text(f"""
 import multiprocessing
-from hermes_atropos.profile import use_training_profile
+from hermes_atropos.hermes.profile import use_training_profile
 
 def work(number):
     home = use_training_profile()
@@ -122,7 +122,7 @@ def test_a_hermes_home_that_was_asked_for_is_kept_out(tmp_path: Path) -> None:
     script = """
 import sys
 if sys.argv[1:] == ["profile"]:
-    from hermes_atropos.profile import use_training_profile
+    from hermes_atropos.hermes.profile import use_training_profile
     use_training_profile()
 from hermes_constants import get_hermes_home
 print(get_hermes_home())

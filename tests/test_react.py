@@ -24,11 +24,12 @@ from hermes_atropos.errors import (
     UntrackedError,
     WorkspaceError,
 )
-from hermes_atropos.ledger import TURN_KEY
+from hermes_atropos.hermes.tools import HermesTools
+from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.react import AgentConfig, AtroposAgent
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.toolcalls import ParseStatus, ToolCall
-from hermes_atropos.tools import HermesTools, ToolRegistry
+from hermes_atropos.tools import ToolRegistry
 from hermes_atropos.trajectory import AgentResult, StopReason, ToolResult, read_record, write_record
 
 TOKENIZER = chatml_tokenizer()

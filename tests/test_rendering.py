@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hermes_atropos.errors import ChatTemplateError, ConfigurationError, NoTokenizerError
 from hermes_atropos.rendering import TemplateRenderer, renderer_for
-from hermes_atropos.rendering.chunks import REMEMBERED_TOKENS, ChunkEncoder
+from hermes_atropos.rendering.encoder import REMEMBERED_TOKENS, ChunkEncoder
 from hermes_atropos.rendering.library import LibraryRenderer
 from hermes_atropos.testing import chatml_tokenizer, tool_call
 from hermes_atropos.toolcalls import ParseStatus, tool_response, tools_prompt

@@ -21,17 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from wire import MODEL, AtroposVLLMWire, OpenAIWire, SGLangWire, VLLMWire, WebsiteWire, Wire
 
-from hermes_atropos.backends.probe import probe
+from hermes_atropos.backends.chat import UntrackedBackend
+from hermes_atropos.backends.managed import ExactManagedServer
 from hermes_atropos.backends.resolve import resolve
-from hermes_atropos.backends.servers import (
-    AtroposVLLMServer,
-    OpenAIEndpoint,
-    StockSGLangServer,
-    StockVLLMServer,
-    VLLMGenerateServer,
-)
-from hermes_atropos.backends.tracked import ExactManagedServer, TrackedBackend
-from hermes_atropos.backends.untracked import UntrackedBackend
+from hermes_atropos.backends.tracked import TrackedBackend
 from hermes_atropos.errors import (
     ConfigurationError,
     NoServerError,
@@ -39,6 +32,14 @@ from hermes_atropos.errors import (
     UnsupportedServerError,
     UntrackedError,
 )
+from hermes_atropos.servers.http import (
+    AtroposVLLMServer,
+    OpenAIEndpoint,
+    StockSGLangServer,
+    StockVLLMServer,
+    VLLMGenerateServer,
+)
+from hermes_atropos.servers.probe import probe
 from hermes_atropos.settings import Settings
 from hermes_atropos.testing import ScriptedServer, chatml_tokenizer
 

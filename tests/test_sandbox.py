@@ -23,7 +23,7 @@ from tools import terminal_tool
 from tools.environments.local import LocalEnvironment
 
 from hermes_atropos.errors import SandboxError, WorkspaceError
-from hermes_atropos.sandbox import Sandbox, commands
+from hermes_atropos.hermes.terminal import Sandbox, commands
 
 #: Commands that change their shell, in all sorts of ways, and one that shows it.
 COMMANDS = [

@@ -16,16 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wire import MODEL, AtroposVLLMWire, OpenAIWire, SGLangWire, VLLMWire, Wire
 
-from hermes_atropos.backends import TURN_KEY
-from hermes_atropos.backends.servers import (
-    AtroposVLLMServer,
-    OpenAIEndpoint,
-    StockSGLangServer,
-    StockVLLMServer,
-    TokenServer,
-    VLLMGenerateServer,
-    response_error,
-)
 from hermes_atropos.backends.tracked import TrackedBackend
 from hermes_atropos.errors import (
     BackendConnectionError,
@@ -36,6 +26,16 @@ from hermes_atropos.errors import (
     NoTokenizerError,
     TokenFidelityError,
     UnsupportedServerError,
+)
+from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.servers.http import (
+    AtroposVLLMServer,
+    OpenAIEndpoint,
+    StockSGLangServer,
+    StockVLLMServer,
+    TokenServer,
+    VLLMGenerateServer,
+    response_error,
 )
 
 PROTOCOLS: dict[str, tuple[type[TokenServer], Callable[..., Wire]]] = {

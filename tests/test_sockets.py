@@ -104,7 +104,7 @@ def run(script: str, cwd: Path, **environ: str) -> dict[str, Any]:
 
 
 PROFILE = """
-from hermes_atropos.profile import use_training_profile
+from hermes_atropos.hermes.profile import use_training_profile
 use_training_profile(compression=True)
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hermes_atropos import spawn
+from hermes_atropos.hermes import spawn
 
 BASH = "/bin/bash"
 

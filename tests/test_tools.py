@@ -14,8 +14,9 @@ import pytest
 from pydantic import AfterValidator, BaseModel, Field, field_validator
 
 from hermes_atropos.errors import SandboxError, ToolDefinitionError, UnknownToolsetError, WorkspaceError
+from hermes_atropos.hermes.tools import HermesTools
 from hermes_atropos.toolcalls import ToolCall
-from hermes_atropos.tools import HermesTools, ToolRegistry
+from hermes_atropos.tools import ToolRegistry
 from hermes_atropos.trajectory import ToolResult
 
 

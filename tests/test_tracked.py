@@ -17,8 +17,8 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from tenacity import Future, RetryError
 from yarl import URL
 
-from hermes_atropos.backends import TURN_KEY, ModelTurn
-from hermes_atropos.backends.calls import ATTEMPTS
+from hermes_atropos.backends import ModelTurn
+from hermes_atropos.backends.pool import ATTEMPTS
 from hermes_atropos.backends.tracked import TrackedBackend
 from hermes_atropos.errors import (
     BackendConnectionError,
@@ -29,9 +29,10 @@ from hermes_atropos.errors import (
     TokenFidelityError,
     UnsupportedServerError,
 )
-from hermes_atropos.ledger import MASK, PROMPT_LOGPROB, BreakCause
+from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.rendering import renderer_for
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
+from hermes_atropos.tokens.ledger import MASK, PROMPT_LOGPROB, BreakCause
 
 TOKENIZER = chatml_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermes_atropos.errors import ConfigurationError, RecordError, TokenFidelityError, UntrackedError
-from hermes_atropos.ledger import TURN_KEY, BreakCause, FidelityReport, Ledger, Turn
+from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.tokens.ledger import BreakCause, FidelityReport, Ledger, Turn
 from hermes_atropos.toolcalls import ParseStatus, ToolCall
 from hermes_atropos.trajectory import (
     AgentResult,

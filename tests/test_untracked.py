@@ -13,9 +13,7 @@ from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 from atroposlib.envs.server_handling.server_manager import ReasoningConfig, ServerManager
 from wire import MODEL, OpenAIWire
 
-from hermes_atropos.backends import TURN_KEY
-from hermes_atropos.backends.servers import OpenAIEndpoint
-from hermes_atropos.backends.untracked import UntrackedBackend
+from hermes_atropos.backends.chat import UntrackedBackend
 from hermes_atropos.errors import (
     BackendConnectionError,
     BackendError,
@@ -24,6 +22,8 @@ from hermes_atropos.errors import (
     ContextLengthError,
     NoServerError,
 )
+from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.servers.http import OpenAIEndpoint
 from hermes_atropos.testing import Reply, ScriptedServer, tool_call
 from hermes_atropos.toolcalls import ParseStatus
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hermes_atropos.errors import ConfigurationError, UnsupportedVersionError
-from hermes_atropos.versions import SUPPORTED, check_versions
+from hermes_atropos.hermes.versions import SUPPORTED, check_versions
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
@@ -71,7 +71,7 @@ def test_the_distribution_asks_for_the_same_ranges():
 
 def test_checking_imports_neither_package():
     code = (
-        "import sys, hermes_atropos.versions as v; v.check_versions(); "
+        "import sys, hermes_atropos.hermes.versions as v; v.check_versions(); "
         "assert not {'run_agent', 'atroposlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from hermes_atropos.ledger import TURN_KEY, Ledger
+from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.tokens.ledger import Ledger
 from hermes_atropos.toolcalls import ToolCall
 
 if TYPE_CHECKING:

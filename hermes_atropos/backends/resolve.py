@@ -9,13 +9,14 @@ import threading
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from hermes_atropos.errors import NoServerError, NoTokenizerError, UnsupportedServerError, UntrackedError
+from hermes_atropos.errors import NoServerError, UnsupportedServerError, UntrackedError
+from hermes_atropos.rendering.tokenizers import load_tokenizer
 from hermes_atropos.settings import Settings
 
 if TYPE_CHECKING:
     from hermes_atropos.backends import Backend
 
-__all__ = ["load_tokenizer", "resolve"]
+__all__ = ["resolve"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def resolve(
     if invents_tokens or not all(has_token_call(one) for one in servers):
         return _untracked(server, tool_format)
 
-    from hermes_atropos.backends.tracked import TrackedBackend, own_tokenizer
+    from hermes_atropos.backends.tracked import TrackedBackend
+    from hermes_atropos.rendering.tokenizers import own_tokenizer
 
     tokenizer = own_tokenizer(servers[0]) if tokenizer is None else tokenizer
     return TrackedBackend(server, tokenizer, tool_format=tool_format, **tracking)
@@ -98,7 +100,7 @@ def has_token_call(server: Any) -> bool:
 
 
 def _untracked(server: Any, tool_format: str) -> Backend:
-    from hermes_atropos.backends.untracked import UntrackedBackend
+    from hermes_atropos.backends.chat import UntrackedBackend
 
     # TRL's server renders the chat template itself, without tools.
     forgets_tools = any(
@@ -115,29 +117,11 @@ def _direct(server: Any, settings: Settings) -> Any:
 def _endpoint(base_url: str, model: str, api_key: str | None = None, timeout_s: float = 1200) -> Any:
     from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 
-    from hermes_atropos.backends.servers import OpenAIEndpoint
+    from hermes_atropos.servers.http import OpenAIEndpoint
 
     config = APIServerConfig(base_url=base_url, model_name=model, api_key=api_key or "", health_check=False)
     config.timeout = timeout_s  # seconds; atroposlib declares it a whole number
     return OpenAIEndpoint(config)
-
-
-def load_tokenizer(name: str) -> Any:
-    """The Hugging Face tokenizer of that name or path.
-
-    Raises:
-        NoTokenizerError: there is none, or it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
-        raise NoTokenizerError(
-            f"no tokenizer could be loaded for {name!r} ({cause}): pass tokenizer=, a Hugging Face tokenizer or the "
-            "name or path of one"
-        ) from error
 
 
 _found: WeakValueDictionary[tuple[str, str | None, str | None], Any] = WeakValueDictionary()
@@ -150,7 +134,7 @@ def _find(base_url: str, model: str | None, api_key: str | None, tokenizer: Any)
     Raises:
         ConfigurationError: none that could be used.
     """
-    from hermes_atropos.backends.probe import probe
+    from hermes_atropos.servers.probe import probe
 
     with _finding:
         server = _found.get((base_url, model, api_key))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from hermes_atropos.errors import ChatTemplateError, ConfigurationError, NoTokenizerError
-from hermes_atropos.rendering.template import TemplateRenderer
+from hermes_atropos.rendering.bridge import TemplateRenderer
 from hermes_atropos.toolcalls import FORMATS, ParsedText
 
 __all__ = ["Message", "Renderer", "TemplateRenderer", "Tool", "renderer_for"]

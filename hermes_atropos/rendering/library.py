@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hermes_atropos.errors import ChatTemplateError
-from hermes_atropos.rendering.chunks import decode
+from hermes_atropos.rendering.bridge import TemplateRenderer
 from hermes_atropos.rendering.dialect import PROBE_TOOL, SYSTEM, USER, probe_call, probe_result
-from hermes_atropos.rendering.template import TemplateRenderer
+from hermes_atropos.rendering.encoder import decode
 from hermes_atropos.toolcalls import ParsedText, ParseStatus, ToolCall
-from hermes_atropos.toolcalls.calls import failed, named_call
+from hermes_atropos.toolcalls.call import failed, named_call
 
 __all__ = ["LibraryRenderer", "library_renderer"]
 

@@ -4,10 +4,10 @@
 to those that failed. ``calls`` says what a call is, ``formats`` how each model family writes one.
 """
 
-from hermes_atropos.toolcalls.calls import ParsedText, ParseStatus, ToolCall, from_openai
+from hermes_atropos.toolcalls.call import ParsedText, ParseStatus, ToolCall, from_openai
 from hermes_atropos.toolcalls.formats import FORMATS, parse_text
-from hermes_atropos.toolcalls.validation import validate
-from hermes_atropos.toolcalls.words import error_result, tool_response, tools_prompt
+from hermes_atropos.toolcalls.prompts import error_result, tool_response, tools_prompt
+from hermes_atropos.toolcalls.schema import validate
 
 __all__ = [
     "FORMATS",

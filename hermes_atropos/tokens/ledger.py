@@ -26,11 +26,11 @@ from enum import StrEnum
 from typing import Any
 
 from hermes_atropos.errors import TokenFidelityError
+from hermes_atropos.messages import TURN_KEY, Message
 
 __all__ = [
     "MASK",
     "PROMPT_LOGPROB",
-    "TURN_KEY",
     "BreakCause",
     "FidelityReport",
     "Ledger",
@@ -40,18 +40,12 @@ __all__ = [
     "Turn",
 ]
 
-#: Key of a stored assistant message that refers to its turn in the ledger. It has no leading underscore because
-#: Hermes drops such keys before it sends messages on.
-TURN_KEY = "atropos_turn"
-
 #: What stands in ``masks`` and in ``logprobs`` where a token is not trained (Atropos' convention).
 MASK = -100
 PROMPT_LOGPROB = 1.0
 
 #: Float rounding can lift the logprob of a certain token above 0: up to this it is recorded as 0.0, beyond it refused.
 ROUNDING = 1e-4
-
-Message = Mapping[str, Any]
 
 # Bytes of a number in an array of type "i" or "I".
 WIDTH = array("i").itemsize

@@ -205,7 +205,7 @@ class TokenServer(OpenAIEndpoint):
         Raises:
             NoTokenizerError: it cannot be loaded.
         """
-        from hermes_atropos.backends.resolve import load_tokenizer
+        from hermes_atropos.rendering.tokenizers import load_tokenizer
 
         named = self.config.tokenizer_name
         return load_tokenizer(self.config.model_name if named == "none" else named)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from hermes_atropos.toolcalls.calls import ParsedText, ToolCall
-from hermes_atropos.toolcalls.validation import functions_of
+from hermes_atropos.toolcalls.call import ParsedText, ToolCall
+from hermes_atropos.toolcalls.schema import functions_of
 
 __all__ = ["Blocks", "Read", "Scan", "joined"]
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hermes_atropos.errors import ChatTemplateError
-from hermes_atropos.rendering.chunks import ChunkEncoder, decode
 from hermes_atropos.rendering.dialect import (
     LATER_USER,
     PROBE_ID,
@@ -20,6 +19,7 @@ from hermes_atropos.rendering.dialect import (
     Dialect,
     probe_result,
 )
+from hermes_atropos.rendering.encoder import ChunkEncoder, decode
 from hermes_atropos.toolcalls import ParsedText, parse_text
 
 __all__ = ["TemplateRenderer"]

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from hermes_atropos.versions import check_versions
+from hermes_atropos.hermes.versions import check_versions
 
 check_versions()
 
@@ -41,7 +41,7 @@ from openai.types.chat import ChatCompletion
 from run_agent import AIAgent
 from tools.environments.base import set_activity_callback
 
-from hermes_atropos.backends import TURN_KEY, Backend, ModelTurn
+from hermes_atropos.backends import Backend, ModelTurn
 from hermes_atropos.backends.resolve import resolve
 from hermes_atropos.conversation import Conversation
 from hermes_atropos.conversation import assistant_message as stored_message
@@ -53,11 +53,13 @@ from hermes_atropos.errors import (
     ToolCallRetriesError,
     UnknownToolsetError,
 )
-from hermes_atropos.profile import active_profile
+from hermes_atropos.hermes.profile import active_profile
+from hermes_atropos.hermes.seams import rebound
+from hermes_atropos.hermes.terminal import CommandResult, Sandbox
+from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.runtime import check_not_on, home_loop, portal_loop, run_in_rollout_thread, run_to_end, turnstile
-from hermes_atropos.sandbox import CommandResult, Sandbox
-from hermes_atropos.trajectory import SequenceData, StopReason, is_number
-from hermes_atropos.upstream import rebound
+from hermes_atropos.trajectory import SequenceData, StopReason
+from hermes_atropos.trajectory.result import is_number
 
 if active_profile() is not None:
     # Hermes' modules are a heap that lives as long as the process. Each look of the collector through all of it

@@ -40,9 +40,9 @@ from tools.interrupt import is_interrupted, set_interrupt
 from tools.process_registry import process_registry
 
 from hermes_atropos.errors import SandboxError, WorkspaceError
+from hermes_atropos.hermes.seams import rebound
+from hermes_atropos.hermes.spawn import Popen
 from hermes_atropos.runtime import Turnstile, run_in_rollout_thread, turnstile
-from hermes_atropos.spawn import Popen
-from hermes_atropos.upstream import rebound
 
 try:
     from agent import runtime_cwd

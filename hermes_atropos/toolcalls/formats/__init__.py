@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from hermes_atropos.errors import ConfigurationError
-from hermes_atropos.toolcalls.calls import (
+from hermes_atropos.toolcalls.call import (
     ParsedText,
     ParseStatus,
     ToolCall,
@@ -24,7 +24,7 @@ from hermes_atropos.toolcalls.calls import (
     named_call,
     object_call,
 )
-from hermes_atropos.toolcalls.scanning import Blocks, Read, Scan, joined
+from hermes_atropos.toolcalls.formats.scanning import Blocks, Read, Scan, joined
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads, value_at
 
 __all__ = ["FORMATS", "parse_text"]

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hermes_atropos.toolcalls.calls import ToolCall
+from hermes_atropos.toolcalls.call import ToolCall
+from hermes_atropos.toolcalls.schema import functions_of
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads
-from hermes_atropos.toolcalls.validation import functions_of
 
 __all__ = ["error_result", "tool_response", "tools_prompt"]
 

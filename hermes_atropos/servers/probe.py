@@ -10,14 +10,6 @@ from typing import Any
 
 from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 
-from hermes_atropos.backends.servers import (
-    AtroposVLLMServer,
-    OpenAIEndpoint,
-    StockSGLangServer,
-    StockVLLMServer,
-    TokenServer,
-    VLLMGenerateServer,
-)
 from hermes_atropos.errors import (
     BackendConnectionError,
     BackendError,
@@ -26,6 +18,14 @@ from hermes_atropos.errors import (
     HermesAtroposError,
     NoServerError,
     UntrackedError,
+)
+from hermes_atropos.servers.http import (
+    AtroposVLLMServer,
+    OpenAIEndpoint,
+    StockSGLangServer,
+    StockVLLMServer,
+    TokenServer,
+    VLLMGenerateServer,
 )
 
 __all__ = ["Probe", "probe"]

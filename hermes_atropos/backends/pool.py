@@ -280,7 +280,7 @@ def typed(error: Exception, server: Any) -> HermesAtroposError:
     import httpx
     import openai
 
-    from hermes_atropos.backends.servers import response_error
+    from hermes_atropos.servers.http import response_error
 
     url = url_of(server)
     match error:

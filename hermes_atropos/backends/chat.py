@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from tenacity import RetryCallState
 
 from hermes_atropos.backends import ModelTurn
-from hermes_atropos.backends.calls import retried, typed
+from hermes_atropos.backends.pool import retried, typed
 from hermes_atropos.errors import BackendError, BackendResponseError, NoServerError
 from hermes_atropos.toolcalls import from_openai, parse_text, tool_response, tools_prompt
 

@@ -14,7 +14,7 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import Draft202012Validator, validator_for
 from referencing import Registry
 
-from hermes_atropos.toolcalls.calls import ParseStatus, ToolCall
+from hermes_atropos.toolcalls.call import ParseStatus, ToolCall
 from hermes_atropos.toolcalls.strict_json import TOO_DEEP, BrokenJSON, loads
 
 __all__ = ["functions_of", "nearest", "validate"]

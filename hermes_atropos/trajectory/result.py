@@ -25,7 +25,7 @@ from hermes_atropos.errors import (
     TokenFidelityError,
     UntrackedError,
 )
-from hermes_atropos.ledger import MASK, PROMPT_LOGPROB, BreakCause, FidelityReport, Ledger
+from hermes_atropos.tokens.ledger import MASK, PROMPT_LOGPROB, BreakCause, FidelityReport, Ledger
 from hermes_atropos.toolcalls import ParseStatus, ToolCall, tool_response
 
 __all__ = [

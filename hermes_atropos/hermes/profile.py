@@ -86,7 +86,8 @@ def active_profile() -> Path | None:
 def use_training_profile(*, context_length: int = 131072, compression: bool = False) -> Path:
     """Give this process a private Hermes home, for as long as the process lives.
 
-    Call it before anything else imports Hermes, ``hermes_atropos.agent`` included; a second call returns the same home.
+    Call it before anything else imports Hermes, ``hermes_atropos.hermes.agent`` included; a second call returns the
+    same home.
 
     Args:
         context_length: tokens that the model can read; Hermes demands at least 64,000 and compresses by it.
@@ -104,7 +105,7 @@ def use_training_profile(*, context_length: int = 131072, compression: bool = Fa
     if "hermes_constants" in sys.modules or "run_agent" in sys.modules:
         raise ConfigurationError(
             "hermes-agent has been imported already and has read the user's home: "
-            "call use_training_profile() before the first import of hermes_atropos.agent or of Hermes itself."
+            "call use_training_profile() before the first import of hermes_atropos.hermes.agent or of Hermes itself."
         )
     home = Path(tempfile.mkdtemp(prefix="hermes-atropos-home-"))
     atexit.register(remove, home, os.getpid())

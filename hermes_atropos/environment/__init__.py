@@ -19,8 +19,7 @@
 
     Repairs.cli()                                      # serve, process, evaluate
 
-Importing this module puts the process under the training profile (:mod:`hermes_atropos.profile`), so import it before
-anything that imports Hermes.
+Importing this module puts the process under the training profile, so import it before anything that imports Hermes.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from typing import Annotated, Any
 from atroposlib.envs.base import BaseEnv, BaseEnvConfig
 from pydantic import BeforeValidator, Field
 
-from hermes_atropos.profile import use_training_profile
+from hermes_atropos.hermes.profile import use_training_profile
 
 use_training_profile()
 
-from hermes_atropos.agent import AtroposAIAgent, Task  # noqa: E402  (Hermes reads its home when it is imported)
 from hermes_atropos.errors import HermesAtroposError, UntrackedError  # noqa: E402
+from hermes_atropos.hermes.agent import AtroposAIAgent, Task  # noqa: E402  (Hermes reads its home when it is imported)
 from hermes_atropos.trajectory import AgentResult, StopReason, scored_group, write_record  # noqa: E402
 
 __all__ = ["HermesEnv", "HermesEnvConfig"]

@@ -1,0 +1,235 @@
+"""Hermes' toolsets as a registry of tools."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import random
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from hermes_atropos.errors import SandboxError, ToolDefinitionError, UnknownToolsetError
+from hermes_atropos.hermes.versions import check_versions
+from hermes_atropos.runtime import run_in_rollout_thread, run_to_end
+from hermes_atropos.toolcalls import ToolCall
+from hermes_atropos.toolcalls.schema import nearest
+from hermes_atropos.tools import Tool, ToolRegistry, ToolTask
+from hermes_atropos.trajectory import ToolResult
+
+__all__ = ["HermesTools"]
+
+#: Tools of Hermes that only read: they may run side by side. The others run alone, in the order of the calls.
+HERMES_PARALLEL = frozenset(
+    {"read_file", "search_files", "skill_view", "skills_list", "vision_analyze", "web_extract", "web_search"}
+)
+
+#: Tools of Hermes that have no place in a rollout, and why.
+HERMES_REFUSED = {
+    "clarify": "nobody is there to answer its questions",
+    "close_terminal": "it belongs to Hermes' desktop application",
+    "delegate_task": "its subagents need Hermes' own loop: use AtroposAIAgent",
+    "memory": "it would carry what one rollout learned into the others",
+    "read_terminal": "it belongs to Hermes' desktop application",
+    "session_search": "it would show one rollout the others and the user's own sessions",
+    "skill_manage": "it would carry what one rollout learned into the others",
+}
+
+
+#: True of Hermes' terminal: tests/test_tools.py runs each of these claims.
+TERMINAL_NOTES = """\
+# The terminal tool
+
+- Commands run in bash, so arrays, [[ … ]] and pipefail work. Standard output and standard error come back as one text.
+- The working directory and exported variables stay from one call to the next: activate a virtual environment once
+  (`. .venv/bin/activate`), and it stays active. Variables that are not exported, functions and aliases do not stay.
+- An exit code other than 0 says that the command failed, not that the tool did: read the output and decide.
+- Nobody answers prompts, and standard input is empty: use flags such as -y, and no editors or pagers.
+- A command that runs longer than its "timeout" (in seconds) is stopped with exit code 124: raise it for slow ones."""
+
+PROCESS_NOTES = """
+- Servers and watchers need "background": true; a trailing & and nohup are refused. Look after them with the process
+  tool: nobody tells you when they end."""
+
+
+class HermesTools(ToolRegistry):
+    """Hermes' toolsets as a registry; each task has a sandbox and a todo list of its own.
+
+    Tools that need a key or a program which is not there are left out, as in Hermes.
+
+    Args:
+        toolsets: their names in Hermes (``terminal``, ``file``, ``web``, ``todo`` …).
+        disabled: names of toolsets whose tools are left out.
+        time_limit_s, max_result_chars: as for ``ToolRegistry``.
+
+    Raises:
+        UnknownToolsetError: a name that Hermes doesn't know.
+        ToolDefinitionError: a toolset that has no place in a rollout, or no tool that can run here.
+        UnsupportedVersionError: this release of hermes-agent is not supported.
+    """
+
+    def __init__(
+        self,
+        toolsets: Sequence[str],
+        *,
+        disabled: Sequence[str] = (),
+        time_limit_s: float | None = None,
+        max_result_chars: int = 100_000,
+    ) -> None:
+        super().__init__(time_limit_s=time_limit_s, max_result_chars=max_result_chars)
+        for name in [*toolsets, *disabled]:
+            _check_toolset(name)
+        for name in toolsets:
+            _check_allowed(name)
+        self.toolsets = list(toolsets)
+        self._todos: dict[str, Any] = {}
+        for definition in _definitions(toolsets, disabled):
+            name = definition["function"]["name"]
+            run = self._todo if name == "todo" else functools.partial(self._call_hermes, name)
+            self._add(Tool(definition, run, blocking=True, parallel=name in HERMES_PARALLEL))
+        if not self._tools:
+            raise ToolDefinitionError(
+                f"none of the tools of {', '.join(toolsets) or 'no toolset'} can run here: name a toolset such as "
+                "'terminal' or 'file', or give Hermes the keys and programs that these need (hermes doctor)"
+            )
+
+    @classmethod
+    def from_distribution(cls, name: str, *, seed: int | str | None = None, **options: Any) -> HermesTools:
+        """Toolsets drawn from one of Hermes' distributions, each by its own probability; once a group, by custom.
+
+        Args:
+            name: ``development``, ``research``, ``safe`` … (Hermes' ``toolset_distributions.py``).
+            seed: the same seed draws the same toolsets.
+            options: for the constructor.
+
+        Raises:
+            UnknownToolsetError: Hermes has no such distribution.
+        """
+        distributions = _hermes().distributions
+        if name not in distributions:
+            raise UnknownToolsetError(f"Hermes has no toolset distribution {name!r}. {nearest(name, distributions)}")
+        chances: dict[str, float] = distributions[name]["toolsets"]
+        usable = [toolset for toolset in chances if _definitions([toolset])]
+        draw = random.Random(seed)
+        drawn = [toolset for toolset in chances if draw.random() * 100 < chances[toolset]]
+        likeliest = sorted(usable, key=lambda toolset: -chances[toolset])[:1]
+        return cls([toolset for toolset in drawn if toolset in usable] or likeliest, **options)
+
+    @property
+    def notes(self) -> str:
+        if "terminal" not in self:
+            return ""
+        return TERMINAL_NOTES + (PROCESS_NOTES if "process" in self else "")
+
+    def _call_hermes(self, name: str, arguments: dict[str, Any], task_id: str | None) -> Any:
+        _hermes().declare_stateless_channel()
+        return _hermes().handle_function_call(name, arguments, task_id=task_id, enabled_tools=list(self._tools))
+
+    def _todo(self, arguments: dict[str, Any], task_id: str | None) -> Any:
+        """Hermes' loop keeps the list; here each task does."""
+        from tools.todo_tool import TodoStore, todo_tool
+
+        store = self._todos.setdefault(task_id or "", TodoStore())
+        return todo_tool(arguments.get("todos"), arguments.get("merge", False), store)
+
+    async def _open(self, task: ToolTask, workspace: str | Path | None, copy: bool) -> None:
+        from hermes_atropos.hermes.terminal import Sandbox
+
+        def open_sandbox() -> None:  # on its thread to the end, whoever still waits: so the task always knows of it
+            task.sandbox = Sandbox(task.task_id, workspace, copy=copy)
+
+        await run_in_rollout_thread(open_sandbox, stop=lambda: None)
+
+    async def _close(self, task: ToolTask) -> None:
+        if task.sandbox is not None:
+            self._todos.pop(task.sandbox.hermes_id, None)
+            await run_to_end(task.sandbox.release)
+
+    async def _run(self, tool: Tool, call: ToolCall, task_id: str | None) -> Any:
+        task = self._tasks.get(task_id or "")
+        if task is None:
+            raise SandboxError(f"no task {task_id!r} is open: run Hermes' tools in `async with tools.task() as task`")
+        sandbox = task.require_sandbox()
+
+        def run() -> Any:
+            sandbox.lend(sandbox.hermes_id)
+            return tool.run(call.arguments, sandbox.hermes_id)
+
+        return await sandbox.call(run)
+
+    def _result(self, name: str, value: Any) -> ToolResult:
+        """Hermes answers in JSON. An error without an exit code is the tool's; one below 0 says that nothing ran."""
+        result = super()._result(name, value)
+        try:
+            answer = json.loads(result.content)
+        except ValueError:
+            return result
+        if isinstance(answer, dict):
+            exit_code = answer.get("exit_code")
+            result.exit_code = exit_code if isinstance(exit_code, int) else None
+            if answer.get("error") and (result.exit_code is None or result.exit_code < 0):
+                result.success, result.error = False, str(answer["error"])
+        return result
+
+    async def _keep(self, result: ToolResult, task_id: str | None) -> str:
+        """Among the sandbox's temporary files, where the model can read it and the verifier doesn't trip over it."""
+        sandbox = self._tasks[task_id or ""].require_sandbox()
+
+        def keep() -> str:
+            path = f"{sandbox.environment().get_temp_dir()}/results/{uuid.uuid4().hex[:12]}.txt"
+            sandbox.write_bytes(path, result.content.encode(errors="surrogatepass"))
+            return path
+
+        return await sandbox.call(keep)
+
+
+@functools.cache
+def _hermes() -> SimpleNamespace:
+    """What is used of hermes-agent: imported with the first registry, because it reads its home when it is imported.
+
+    Raises:
+        UnsupportedVersionError: this release of it is not supported.
+    """
+    check_versions()
+    import model_tools
+    import toolset_distributions
+    import toolsets
+
+    try:
+        channel = importlib.import_module("gateway.session_context")
+    except ImportError:
+        channel = None
+    return SimpleNamespace(
+        get_tool_definitions=model_tools.get_tool_definitions,
+        handle_function_call=model_tools.handle_function_call,
+        # From 0.19: tools then don't promise to report later, because nobody is there to deliver it.
+        declare_stateless_channel=getattr(channel, "declare_stateless_channel", lambda: None),
+        distributions=toolset_distributions.list_distributions(),
+        toolsets=toolsets,
+    )
+
+
+def _definitions(toolsets: Sequence[str], disabled: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """What Hermes can run of these toolsets here, without what has no place in a rollout."""
+    find = _hermes().get_tool_definitions
+    # Newer releases hide rarely used tools behind a search; the model is to see them all.
+    whole = {name: True for name in inspect.signature(find).parameters if name == "skip_tool_search_assembly"}
+    found = find(list(toolsets), list(disabled) or None, quiet_mode=True, **whole)
+    return [definition for definition in found if definition["function"]["name"] not in HERMES_REFUSED]
+
+
+def _check_toolset(name: str) -> None:
+    toolsets = _hermes().toolsets
+    if not toolsets.validate_toolset(name):
+        raise UnknownToolsetError(f"Hermes has no toolset {name!r}. {nearest(name, toolsets.get_all_toolsets())}")
+
+
+def _check_allowed(name: str) -> None:
+    tools = set(_hermes().toolsets.resolve_toolset(name))
+    if tools and tools <= set(HERMES_REFUSED):
+        reasons = "; ".join(f"{tool}: {HERMES_REFUSED[tool]}" for tool in sorted(tools))
+        raise ToolDefinitionError(f"the toolset {name!r} has no place in a rollout ({reasons}). Leave it out")

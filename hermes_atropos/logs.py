@@ -1,0 +1,91 @@
+"""What a debug variable shows: requests and responses as bounded lines of JSON, without secrets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+__all__ = ["excerpt", "log_exchange", "redact"]
+
+
+def log_exchange(logger: logging.Logger, title: str, payload: Any, *, limit: int) -> None:
+    """Log a request or a response as one bounded line of JSON without secrets; ``limit=0`` logs nothing.
+
+    The level is WARNING: who sets a debug variable wants to see the line, whether or not logging is configured.
+    """
+    if limit:
+        logger.warning("%s: %s", title, excerpt(payload, limit))
+
+
+def excerpt(payload: Any, limit: int) -> str:
+    """``payload`` as JSON of at most ``limit`` characters and a note of what was cut, without secrets.
+
+    Strings and lists are cut before they are serialised, so that the cost depends on ``limit`` and not on the payload.
+    """
+    text = redact(json.dumps(_bounded(payload, limit), ensure_ascii=False, default=repr))
+    return text if len(text) <= limit else f"{text[:limit]}… [{len(text) - limit} more characters]"
+
+
+def _bounded(value: Any, limit: int, *, schemas: bool = False) -> Any:
+    """``value`` without secrets and with little that ``limit`` would cut; ``schemas``: it has JSON schemas by name."""
+    if isinstance(value, str):
+        return value if len(value) <= limit else f"{value[:limit]}… [{len(value) - limit} more characters]"
+    if isinstance(value, Mapping):
+        return {
+            str(k): "[redacted]"
+            if _SECRET_KEY.search(str(k)) and not (schemas and isinstance(v, Mapping))
+            else _bounded(v, limit, schemas=k == "properties")
+            for k, v in value.items()
+        }
+    if is_dataclass(value) and not isinstance(value, type):
+        return _bounded({entry.name: getattr(value, entry.name) for entry in fields(value)}, limit)
+    if isinstance(value, list | tuple):
+        # A list item takes two characters of JSON at least.
+        kept = [_bounded(item, limit) for item in value[: limit // 2]]
+        return kept if len(kept) == len(value) else [*kept, f"… [{len(value) - len(kept)} more items]"]
+    if hasattr(value, "model_dump"):
+        return _bounded(value.model_dump(exclude_none=True), limit)
+    return value
+
+
+_SECRET_KEY = re.compile(
+    r"api[-_]?key|authorization|password|passwd|secret|credential|cookie|(?:access|auth)[-_]?token", re.I
+)
+
+_SECRETS = [
+    # Provider keys by prefix: OpenAI and its imitators, Hugging Face, GitHub, Slack, AWS, Google.
+    (re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{12,}"), "[redacted]"),
+    (re.compile(r"\b(?:hf|ghp|gho|ghs|ghu|github_pat|xox[abprs]|glpat|npm|pypi)[_-][A-Za-z0-9_-]{16,}"), "[redacted]"),
+    (re.compile(r"\bAKIA[0-9A-Z]{16}\b"), "[redacted]"),
+    (re.compile(r"\bAIza[0-9A-Za-z_-]{30,}"), "[redacted]"),
+    (re.compile(r"\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*"), "[redacted]"),
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.S), "[redacted]"),
+    (re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.I), r"\1 [redacted]"),
+    # NAME_OF_A_SECRET=value, as in a shell or an .env file.
+    (
+        re.compile(r"\b(\w*(?:API_?KEY|TOKEN|SECRET|PASSWORD|PASSWD)\w*)(=|: ?)[\"']?[^\s\"'\\,;]{6,}"),
+        r"\1\2[redacted]",
+    ),
+    # The same in lower case, and in JSON, however often that is quoted.
+    (
+        re.compile(
+            r"([\w-]*(?:api[-_]?key|password|passwd|secret|credential|(?:access|auth)[-_]?token)[\w-]*"
+            r"(?:\\*[\"'])?\s*[:=]\s*(?:\\*[\"'])?)[^\s\"'\\,;{}\[\]]{6,}",
+            re.I,
+        ),
+        r"\1[redacted]",
+    ),
+    # Credentials in a URL.
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@:\"]+:[^\s/@\"]+@", re.I), r"\1[redacted]@"),
+]
+
+
+def redact(text: str) -> str:
+    """``text`` with ``[redacted]`` in place of what looks like a key, token, password or private key."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text

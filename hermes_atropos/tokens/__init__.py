@@ -1,0 +1,1 @@
+"""Which tokens a rollout sent and sampled."""
