@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from hermes_atropos.backends import Backend, ModelTurn, TrackingBackend
-from hermes_atropos.errors import BackendTimeoutError, ToolCallRetriesError
+from hermes_atropos.errors import BackendError, BackendTimeoutError, ContextLengthError, ToolCallRetriesError
 from hermes_atropos.logs import log_exchange
 from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.settings import Settings
 from hermes_atropos.toolcalls import ToolCall, error_result, validate
 from hermes_atropos.trajectory import AgentResult, AgentStep, StopReason, ToolResult
 
-__all__ = ["Conversation", "assistant_message", "tool_message"]
+__all__ = ["Conversation", "assistant_message", "stop_reason_of", "tool_message"]
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +209,22 @@ class Conversation:
             ) from error
         log_exchange(logger, "response", turn, limit=settings.response_limit)
         return turn
+
+
+#: What a failure means for the rollout; the first kind that fits counts.
+FAILURES: dict[type[BaseException], StopReason] = {
+    ToolCallRetriesError: StopReason.TOOL_CALL_RETRIES,
+    ContextLengthError: StopReason.CONTEXT_LENGTH,
+    TimeoutError: StopReason.TIMEOUT,
+    BackendError: StopReason.SERVER_ERROR,
+    KeyboardInterrupt: StopReason.INTERRUPTED,
+    BaseException: StopReason.ERROR,
+}
+
+
+def stop_reason_of(failure: BaseException) -> StopReason:
+    """Why a rollout ended that this failure ended."""
+    return next(reason for kind, reason in FAILURES.items() if isinstance(failure, kind))
 
 
 @contextlib.asynccontextmanager

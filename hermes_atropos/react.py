@@ -1,10 +1,12 @@
 """``AtroposAgent``: a small asynchronous agent that calls tools until it has an answer.
 
-agent = AtroposAgent(server, tools=HermesTools(["terminal", "file"]))
-async with agent.task("fix-17", workspace=repo) as task:
-    result = await task.run("Make the tests pass.")
-    check = await task.terminal("pytest -q")
-data = result.to_scored_data(score=float(check.exit_code == 0))
+::
+
+    agent = AtroposAgent(server, tools=HermesTools(["terminal", "file"]))
+    async with agent.task("fix-17", workspace=repo) as task:
+        result = await task.run("Make the tests pass.")
+        check = await task.terminal("pytest -q")
+    data = result.to_scored_data(score=float(check.exit_code == 0))
 """
 
 from __future__ import annotations
@@ -18,26 +20,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hermes_atropos import harness
 from hermes_atropos.backends.resolve import resolve
-from hermes_atropos.conversation import Conversation, assistant_message
-from hermes_atropos.errors import (
-    BackendError,
-    BackendTimeoutError,
-    ConfigurationError,
-    ContextLengthError,
-    ToolCallRetriesError,
-    ToolDefinitionError,
-)
+from hermes_atropos.conversation import Conversation, assistant_message, stop_reason_of
+from hermes_atropos.errors import BackendTimeoutError, ConfigurationError, ToolDefinitionError
 from hermes_atropos.logs import redact
+from hermes_atropos.messages import tool_call_block
+from hermes_atropos.settings import is_number
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.toolcalls.prompts import call_schema
 from hermes_atropos.tools import ToolRegistry, ToolResult, ToolTask
 from hermes_atropos.trajectory import AgentResult, SequenceData, StopReason
-from hermes_atropos.trajectory.result import is_number
 
 if TYPE_CHECKING:
     from hermes_atropos.backends import ModelTurn
-    from hermes_atropos.hermes.terminal import CommandResult, Sandbox
+    from hermes_atropos.sandbox import Sandbox
 
 __all__ = ["AgentConfig", "AgentTask", "AtroposAgent"]
 
@@ -64,7 +61,7 @@ class AgentConfig:
         sampling: further sampling parameters (``top_p``, ``seed``, …).
 
     Raises:
-        ConfigurationError: a count or a limit that is no positive number, or a temperature below 0.
+        ConfigurationError: a count or a limit that is not a positive number, or a temperature below 0.
     """
 
     temperature: float | None = 0.7
@@ -155,7 +152,7 @@ class AtroposAgent:
     async def run(self, task: str, initial_messages: Sequence[Mapping[str, Any]] | None = None) -> AgentResult:
         """Work on ``task`` until the model answers, in a task of its own; see ``AgentTask.run``."""
         async with self.task() as opened:
-            return await opened.run(task, initial_messages)
+            return await opened.run(task, conversation_history=initial_messages)
 
     async def run_single_turn(
         self, messages: Sequence[Mapping[str, Any]], execute_tools: bool = True
@@ -164,11 +161,12 @@ class AtroposAgent:
         async with self.task() as opened:
             return await opened.run_single_turn(messages, execute_tools)
 
-    @contextlib.asynccontextmanager
-    async def task(
+    def task(
         self, task_id: str | None = None, *, workspace: str | Path | None = None, copy: bool = False
-    ) -> AsyncIterator[AgentTask]:
+    ) -> harness.OpenedTask[AgentTask]:
         """What a rollout and its verifier share; its sandbox, where the tools have one, is released at the end.
+
+        In a script, ``with agent.task(…) as task`` gives one whose methods wait (:class:`harness.BlockingTask`).
 
         Args:
             task_id: a new name by default.
@@ -176,26 +174,28 @@ class AtroposAgent:
             copy: act in a copy of ``workspace``.
 
         Raises:
-            WorkspaceError: ``workspace`` is no folder, or another open task acts in it.
+            WorkspaceError: ``workspace`` is not a folder, or another open task acts in it.
             SandboxError: a task of this name is open, or no sandbox can be opened.
         """
-        async with self.tools.task(task_id, workspace=workspace or self.config.working_dir, copy=copy) as opened:
-            yield AgentTask(
-                self,
-                opened,
-                Conversation(self._backend.fresh(), max_tool_call_retries=self.config.max_tool_call_retries),
-            )
+        return harness.OpenedTask(self._task(task_id, workspace or self.config.working_dir, copy))
+
+    @contextlib.asynccontextmanager
+    async def _task(self, task_id: str | None, workspace: str | Path | None, copy: bool) -> AsyncIterator[AgentTask]:
+        async with self.tools.task(task_id, workspace=workspace, copy=copy) as opened:
+            retries = self.config.max_tool_call_retries
+            yield AgentTask(self, opened, Conversation(self._backend.fresh(), max_tool_call_retries=retries))
 
 
-@dataclass(eq=False)
-class AgentTask:
+class AgentTask(harness.Task):
     """A rollout of an ``AtroposAgent``, for the length of ``async with agent.task(…)``."""
 
-    _agent: AtroposAgent
-    _tools: ToolTask
-    _conversation: Conversation
-    _results: dict[str, ToolResult] = field(default_factory=dict)
-    _said: dict[str, list[Message]] = field(default_factory=dict)
+    def __init__(self, agent: AtroposAgent, tools: ToolTask, conversation: Conversation) -> None:
+        self._agent = agent
+        self._tools = tools
+        self._conversation = conversation
+        self._trajectory: AgentResult | None = None
+        self._results: dict[str, ToolResult] = {}
+        self._said: dict[str, list[Message]] = {}
 
     @property
     def task_id(self) -> str:
@@ -203,23 +203,38 @@ class AgentTask:
 
     @property
     def sandbox(self) -> Sandbox:
-        """Where its tools act; ``SandboxError`` where they have no sandbox."""
         return self._tools.require_sandbox()
 
-    async def run(self, task: str, initial_messages: Sequence[Mapping[str, Any]] | None = None) -> AgentResult:
-        """Work on ``task`` until the model answers without a call, or something ends it.
+    @property
+    def trajectory(self) -> AgentResult | None:
+        return self._trajectory
 
-        Several runs of one task are one rollout: pass ``initial_messages=result.messages`` to go on where the last one
-        ended, with its tokens.
+    async def run(
+        self,
+        user_message: str,
+        system_message: str | None = None,
+        *,
+        conversation_history: Sequence[Mapping[str, Any]] | None = None,
+        initial_messages: Sequence[Mapping[str, Any]] | None = None,
+    ) -> AgentResult:
+        """Work on ``user_message`` until the model answers without a call, or something ends it.
+
+        Several runs of one task are one rollout: pass ``conversation_history=result.messages`` to go on where the last
+        one ended, with its tokens.
 
         Args:
-            task: the user's message; empty if ``initial_messages`` already end with it.
-            initial_messages: OpenAI messages before it. A system message at their head stands in for the agent's own.
+            user_message: what the user asks; empty if ``conversation_history`` already ends with it.
+            system_message: in place of the agent's own system prompt.
+            conversation_history: OpenAI messages before it. A system message at their head stands in for the agent's
+                own.
+            initial_messages: another name of ``conversation_history``.
 
         Returns:
             The result, also of a rollout that failed: with its messages, its tokens, ``stop_reason`` and ``error``.
         """
-        messages = self._opening(task, initial_messages)
+        if not isinstance(system_message, str | None):
+            raise TypeError("system_message is a text: pass messages as conversation_history=")
+        messages = self._opening(user_message, system_message, conversation_history or initial_messages)
         self._conversation.messages = list(messages)  # those of a former run are over
         reason, answer, error = StopReason.ERROR, "", None
         limit = self._agent.config.rollout_time_limit_s
@@ -232,11 +247,12 @@ class AgentTask:
             reason, error = StopReason.CANCELLED, "the rollout was cancelled"
             raise
         except Exception as failure:
-            reason = next(reason for kind, reason in FAILURES.items() if isinstance(failure, kind))
+            reason = stop_reason_of(failure)
             error = f"no answer within rollout_time_limit_s={limit:g}" if timer.expired() else self._describe(failure)
             logger.warning("the rollout %s failed: %s", self.task_id, error, exc_info=reason is StopReason.ERROR)
         finally:
-            self._agent.last_result = result = self._result(messages, reason, answer, error)
+            result = self._result(messages, reason, answer, error)
+            self._agent.last_result = self._trajectory = result
         return result
 
     async def _loop(self, messages: list[Message]) -> tuple[StopReason, str]:
@@ -269,7 +285,7 @@ class AgentTask:
             [call for call in turn.calls if call.ok],
             task_id=self.task_id,
             time_limit_s=self._agent.config.tool_time_limit_s,
-            instead=self._agent.execute_tool,
+            execute_tool=self._agent.execute_tool,
         )
         self._results |= {result.call_id: result for result in results}
         messages += [result.to_message() for result in results]
@@ -308,15 +324,17 @@ class AgentTask:
             recognised.append(dict(next(same or iter(()), message)))
         return recognised
 
-    def _opening(self, task: str, initial_messages: Sequence[Mapping[str, Any]] | None) -> list[Message]:
-        messages = [dict(message) for message in initial_messages or ()]
+    def _opening(
+        self, user_message: str, system_message: str | None, history: Sequence[Mapping[str, Any]] | None
+    ) -> list[Message]:
+        messages = [dict(message) for message in history or ()]
         if self._conversation.steps:  # the conversation itself puts its retries back into each prompt
             messages = Conversation.contract(messages)
-        prompt = self._agent.system_prompt
+        prompt = self._agent.system_prompt if system_message is None else system_message
         if prompt and not (messages and messages[0]["role"] == "system"):
             messages.insert(0, {"role": "system", "content": prompt})
-        if task:
-            messages.append({"role": "user", "content": task})
+        if user_message:
+            messages.append({"role": "user", "content": user_message})
         return messages
 
     def _result(self, messages: list[Message], reason: StopReason, answer: str, error: str | None) -> AgentResult:
@@ -341,33 +359,6 @@ class AgentTask:
         http = "" if status is None else f" (HTTP {status}: {(getattr(failure, 'body', None) or '')[:500]})"
         return redact(f"step {len(self._conversation.steps)}: {type(failure).__name__}: {failure}{http}")
 
-    async def terminal(self, command: str, *, timeout: float = 180.0) -> CommandResult:
-        """Run a command in the task's shell, as the agent left it; exit code 124 after ``timeout`` seconds."""
-        return await self.sandbox.call(lambda: self.sandbox.run(command, timeout=timeout))
-
-    async def read_bytes(self, path: str) -> bytes:
-        """A file of the task, by a path relative to the workspace; ``FileNotFoundError`` if there is none."""
-        return await self.sandbox.call(lambda: self.sandbox.read_bytes(path))
-
-    async def read_file(self, path: str) -> str:
-        """A text file of the task (UTF-8), by a path relative to the workspace."""
-        return (await self.read_bytes(path)).decode()
-
-    async def write_file(self, path: str, content: str | bytes) -> None:
-        """Write a file of the task, by a path relative to the workspace; missing folders are made."""
-        data = content.encode() if isinstance(content, str) else content
-        await self.sandbox.call(lambda: self.sandbox.write_bytes(path, data))
-
-
-#: What a failure means for the rollout; the first kind that fits counts.
-FAILURES: dict[type[Exception], StopReason] = {
-    ToolCallRetriesError: StopReason.TOOL_CALL_RETRIES,
-    ContextLengthError: StopReason.CONTEXT_LENGTH,
-    TimeoutError: StopReason.TIMEOUT,
-    BackendError: StopReason.SERVER_ERROR,
-    Exception: StopReason.ERROR,
-}
-
 
 #: What to say of rollouts that ended without an answer and without a failure.
 ERRORS = {
@@ -387,13 +378,8 @@ def ending(turn: ModelTurn) -> StopReason:
 def as_text(turn: ModelTurn) -> str:
     """What the model said, thinking and calls in tags, without special tokens."""
     thinking = f"<think>\n{turn.reasoning}\n</think>" if turn.reasoning else None
-    calls = [native_as_text(call) if call.format == "openai" else call.raw for call in turn.calls]
+    calls = [tool_call_block(call.name, call.arguments) if call.format == "openai" else call.raw for call in turn.calls]
     return "\n".join(filter(None, [thinking, turn.content, *calls]))
-
-
-def native_as_text(call: ToolCall) -> str:
-    written = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
-    return f"<tool_call>\n{written}\n</tool_call>"
 
 
 def default_system_prompt(tools: ToolRegistry, *, tool_format: str = "hermes") -> str:

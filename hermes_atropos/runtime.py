@@ -15,13 +15,23 @@ import contextvars
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from hermes_atropos.errors import BlockingCallError
 from hermes_atropos.settings import Settings
 
-__all__ = ["Turnstile", "check_not_on", "home_loop", "portal_loop", "run_in_rollout_thread", "run_to_end", "turnstile"]
+__all__ = [
+    "Turnstile",
+    "check_not_on",
+    "home_loop",
+    "once",
+    "portal_loop",
+    "run_in_rollout_thread",
+    "run_on_portal",
+    "run_to_end",
+    "turnstile",
+]
 
 T = TypeVar("T")
 
@@ -124,6 +134,25 @@ def check_not_on(loop: asyncio.AbstractEventLoop, *, instead: str) -> None:
         raise BlockingCallError(
             f"A synchronous call on the thread of the loop that serves the model could only deadlock: use {instead}."
         )
+
+
+def run_on_portal(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine on the portal's loop and wait for it here; Ctrl-C cancels it and waits for its end."""
+    loop = portal_loop()
+    started: list[asyncio.Task[T]] = []
+    ended: concurrent.futures.Future[asyncio.Task[T]] = concurrent.futures.Future()
+
+    def start() -> None:
+        started.append(loop.create_task(work()))
+        started[0].add_done_callback(ended.set_result)
+
+    loop.call_soon_threadsafe(start)
+    try:
+        return ended.result().result()
+    except KeyboardInterrupt:
+        loop.call_soon_threadsafe(lambda: started[0].cancel())
+        ended.result()
+        raise
 
 
 async def run_in_rollout_thread(

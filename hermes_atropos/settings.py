@@ -19,14 +19,16 @@ variable                               default   meaning
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from hermes_atropos.errors import SettingsError
 
-__all__ = ["BRIEF", "FULL", "Settings"]
+__all__ = ["BRIEF", "FULL", "Settings", "is_number"]
 
 #: Characters of an ordinary and of a full debug line.
 BRIEF, FULL = 4_000, 200_000
@@ -58,7 +60,7 @@ class Settings:
         """Read the variables of the module's table. An empty value counts as unset.
 
         Raises:
-            SettingsError: a switch that is neither on nor off, or a number that is none or not positive.
+            SettingsError: a switch that is neither on nor off, or a limit that is not a positive number.
         """
         brief = _switch(environ, "ATROPOS_DEBUG_AGENT_REQUEST") or _switch(environ, "HERMES_DEBUG_ATROPOS_REQUEST")
         full = _switch(environ, "ATROPOS_DEBUG_AGENT_REQUEST_FULL")
@@ -94,7 +96,9 @@ def _seconds(environ: Mapping[str, str], name: str) -> float | None:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise SettingsError(f"{name}={value!r} is no time limit: set it to a positive number of seconds, or unset it")
+        raise SettingsError(
+            f"{name}={value!r} is not a time limit: set it to a positive number of seconds, or unset it"
+        )
     return seconds
 
 
@@ -103,5 +107,11 @@ def _count(environ: Mapping[str, str], name: str) -> int | None:
     if not value:
         return None
     if not re.fullmatch(r"[1-9][0-9]{0,4}", value):
-        raise SettingsError(f"{name}={value!r} is no count: set it to a whole number from 1 to 99999, or unset it")
+        raise SettingsError(f"{name}={value!r} is not a count: set it to a whole number from 1 to 99999, or unset it")
     return int(value)
+
+
+def is_number(value: Any, *, whole: bool = False) -> bool:
+    """Whether a value from outside is a finite number, or a whole one."""
+    kind = numbers.Integral if whole else numbers.Real
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)

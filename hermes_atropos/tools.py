@@ -1,4 +1,4 @@
-"""Tools for agents: Python functions, objects, and Hermes' own toolsets, each described by a JSON schema.
+"""Tools for agents: Python functions and objects, each described by a JSON schema.
 
     registry = ToolRegistry()
 
@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 from pydantic.fields import FieldInfo
@@ -45,7 +46,7 @@ from hermes_atropos.trajectory import ToolResult
 from hermes_atropos.trajectory.result import SURROGATE
 
 if TYPE_CHECKING:
-    from hermes_atropos.hermes.terminal import Sandbox
+    from hermes_atropos.sandbox import Sandbox
 
 __all__ = ["Tool", "ToolRegistry", "ToolResult", "ToolTask"]
 
@@ -127,7 +128,7 @@ class ToolRegistry:
         self._tools: dict[str, Tool] = {}
         self._tasks: dict[str, ToolTask] = {}
         if callable(tools) or not isinstance(tools, Iterable):
-            raise ToolDefinitionError(f"{tools!r} is no list of tools: write [{getattr(tools, '__name__', '…')}]")
+            raise ToolDefinitionError(f"{tools!r} is not a list of tools: write [{getattr(tools, '__name__', '…')}]")
         for tool in tools:
             self.register(tool)
 
@@ -198,7 +199,7 @@ class ToolRegistry:
         """The tools as OpenAI ``tools``."""
         return [tool.definition for tool in self._tools.values()]
 
-    def prompt_definitions(self) -> str:
+    def get_prompt_tool_definitions_json(self) -> str:
         """The tools' names, descriptions and schemas as JSON, one a line, for a prompt."""
         return "\n".join(json.dumps(definition, ensure_ascii=False) for definition in self.definitions)
 
@@ -251,7 +252,7 @@ class ToolRegistry:
         *,
         task_id: str | None = None,
         time_limit_s: float | None = None,
-        instead: Callable[[ToolCall], Any] | None = None,
+        execute_tool: Callable[[ToolCall], Any] | None = None,
     ) -> ToolResult:
         """Run one call. Whatever goes wrong is an unsuccessful result, worded for the model.
 
@@ -262,10 +263,10 @@ class ToolRegistry:
             call: its arguments are checked against the tool's schema first, or by the function's own hints.
             task_id: of the open task to which it belongs.
             time_limit_s: seconds, for tools without a limit of their own; None takes the registry's.
-            instead: called with the call in place of the tool, asynchronous or not.
+            execute_tool: called with the call in place of the tool, asynchronous or not.
         """
         tool = self._tools.get(call.name)
-        if tool is None or tool.unchecked or instead is not None:
+        if tool is None or tool.unchecked or execute_tool is not None:
             [call] = validate([call], self.definitions)
         if tool is None or not call.ok:
             answer = error_result(call, self.definitions)
@@ -274,10 +275,11 @@ class ToolRegistry:
         started = time.perf_counter()
         try:
             async with asyncio.timeout(limit) as timer:
-                if instead is None:
+                if execute_tool is None:
                     value = await self._run(tool, call, task_id)
                 else:
-                    value = await _called(functools.partial(instead, call), not inspect.iscoroutinefunction(instead))
+                    blocking = not inspect.iscoroutinefunction(execute_tool)
+                    value = await _called(functools.partial(execute_tool, call), blocking)
             result = self._result(tool.name, value)
         except TimeoutError as error:
             late = f"it took longer than its time limit of {limit:g} seconds" if timer.expired() else str(error)
@@ -377,9 +379,7 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 def _definition(name: Any, description: Any, parameters: Any) -> dict[str, Any]:
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ToolDefinitionError(
-            f"{name!r} is no name for a tool: give one of 1 to 64 letters, digits, _ and - as name="
-        )
+        raise ToolDefinitionError(f"{name!r} cannot name a tool: give one of 1 to 64 letters, digits, _ and - as name=")
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise ToolDefinitionError(
             f"the tool {name!r} needs parameters: a JSON schema of type object, or a pydantic model"
@@ -410,7 +410,7 @@ def _from_object(tool: Any, name: str | None, description: str | None) -> Tool:
 def _from_function(function: Any, name: str | None, description: str | None) -> Tool:
     name = name or getattr(function, "__name__", None)
     if not callable(function):
-        raise ToolDefinitionError(f"{function!r} is no tool: register a function, or an object with execute()")
+        raise ToolDefinitionError(f"{function!r} is not a tool: register a function, or an object with execute()")
     summary, of_parameters = _docstring(function)
     parameters = dict(inspect.signature(function).parameters)
     wants_task = parameters.pop(TASK_ID, None) is not None
@@ -457,15 +457,6 @@ def _from_function(function: Any, name: str | None, description: str | None) -> 
 
 def _docstring(function: Any) -> tuple[str, dict[str, str]]:
     """A docstring's text before its first section, and what it says of each parameter."""
-    text = inspect.getdoc(function) or ""
-    summary = re.split(
-        r"^(?:Args|Arguments|Parameters|Returns|Raises|Yields|Examples?):|^:\w+", text, maxsplit=1, flags=re.M
-    )[0]
-    described = dict(re.findall(r"^:param (?:[\w\[\], .|]+ )?(\w+): *(.+)$", text, flags=re.M))
-    section = re.search(r"^(?:Args|Arguments|Parameters):\n((?:[ \t]+.*\n?|\n)+)", text, flags=re.M)
-    if section:
-        lines = inspect.cleandoc(section[1])
-        for entry in re.split(r"\n(?=\S)", lines):
-            head, _, tail = entry.partition(":")
-            described[head.split("(")[0].strip()] = " ".join(tail.split())
-    return summary.strip(), described
+    found = docstring_parser.parse(inspect.getdoc(function) or "")
+    summary = "\n\n".join(filter(None, [found.short_description, found.long_description]))
+    return summary, {parameter.arg_name: " ".join((parameter.description or "").split()) for parameter in found.params}

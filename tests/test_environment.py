@@ -8,8 +8,6 @@ import itertools
 import logging
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import uvicorn
 from atroposlib.api.server import app
 from atroposlib.envs.base import APIServerConfig
 from atroposlib.envs.server_handling.openai_server import OpenAIServer
+from support import run_script
 
 from hermes_atropos.environment import HermesEnv, HermesEnvConfig
 from hermes_atropos.errors import BackendResponseError, HermesAtroposError, UnknownToolsetError, UntrackedError
@@ -301,9 +300,32 @@ def test_a_bad_configuration_is_found_at_construction(make: Any) -> None:
         make(enabled_toolsets=["termnal"])
 
 
-def test_importing_the_room_puts_the_process_under_the_training_profile() -> None:
-    script = (
-        "import hermes_atropos.environment, hermes_constants; from hermes_atropos.hermes.profile import active_profile;"
-        "assert hermes_constants.get_hermes_home() == active_profile()"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
+def test_constructing_one_puts_the_process_under_the_training_profile(tmp_path: Path) -> None:
+    """Importing does not; the keys that are asked for stay for the verifier's judge, others go."""
+    script = """
+import os
+from hermes_atropos.environment import HermesEnv, HermesEnvConfig
+from hermes_atropos.hermes.profile import active_profile
+from hermes_atropos.testing import ScriptedServer, chatml_tokenizer
+from atroposlib.envs.base import APIServerConfig
+
+class Server(ScriptedServer):
+    def __init__(self, config, reasoning_config=None): super().__init__(["Done."])
+
+class Env(HermesEnv):
+    server_cls = Server
+    async def get_next_item(self): ...
+    async def evaluate(self): ...
+    def prompt(self, item): return "Go."
+    async def verify(self, item, task, result): return float(os.environ["OPENAI_API_KEY"] == "sk-judge-0123456789")
+
+assert active_profile() is None
+chatml_tokenizer().save_pretrained("tokenizer")
+config = HermesEnvConfig(tokenizer_name="tokenizer", use_wandb=False, keep_env=["OPENAI_API_KEY"])
+env = Env(config, [APIServerConfig()])
+import asyncio, hermes_constants
+assert hermes_constants.get_hermes_home() == active_profile() is not None
+print(asyncio.run(env.rollout({}))[1], "DEEPSEEK_API_KEY" in os.environ)
+"""
+    keys = {"OPENAI_API_KEY": "sk-judge-0123456789", "DEEPSEEK_API_KEY": "sk-0123456789abcdef"}
+    assert run_script(script, tmp_path, **keys).stdout.split() == ["1.0", "False"]

@@ -198,7 +198,7 @@ class TestLoop:
         it, server = agent([tool_call("nothing"), tool_call("weather", city="Rome"), "first", "second"])
         async with it.task() as task:
             one = await task.run("One.")
-            two = await task.run("Two.", one.messages)
+            two = await task.run("Two.", initial_messages=one.messages)
         assert [step.step_number for step in two.steps] == [1, 2, 3]
         assert len(two.sequences) == 1
         assert two.to_messages()[: len(one.messages)] == one.to_messages(), "the retry is there once"

@@ -124,8 +124,10 @@ class TestDescription:
             """Zwei."""
 
         registry = ToolRegistry([one, two])
-        assert [json.loads(line) for line in registry.prompt_definitions().splitlines()] == registry.definitions
-        assert "Über" in registry.prompt_definitions()
+        assert [
+            json.loads(line) for line in registry.get_prompt_tool_definitions_json().splitlines()
+        ] == registry.definitions
+        assert "Über" in registry.get_prompt_tool_definitions_json()
         assert (list(registry), len(registry), "one" in registry, "three" in registry) == (
             ["one", "two"],
             2,
@@ -165,8 +167,8 @@ class TestDescription:
         assert "*paths" in error_of(star)
         assert "no JSON schema" in error_of(opaque)
         assert "'twice' already" in error_of(twice)
-        assert "no name" in error_of(lambda: None)
-        assert "no name" in error_of(twice, name="two words")
+        assert "cannot name a tool" in error_of(lambda: None)
+        assert "cannot name a tool" in error_of(twice, name="two words")
         assert "needs parameters" in error_of(NoSchema())
         assert "is no tool" in error_of(7)
         assert list(registry) == ["twice"]

@@ -19,7 +19,8 @@
 
     Repairs.cli()                                      # serve, process, evaluate
 
-Importing this module puts the process under the training profile, so import it before anything that imports Hermes.
+Constructing one puts the process under the training profile: construct it before anything imports Hermes, or call
+``hermes_atropos.use_training_profile()`` first.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ import logging
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from atroposlib.envs.base import BaseEnv, BaseEnvConfig
 from pydantic import BeforeValidator, Field
 
+from hermes_atropos.errors import HermesAtroposError, UntrackedError
+from hermes_atropos.harness import Task
 from hermes_atropos.hermes.profile import use_training_profile
+from hermes_atropos.trajectory import AgentResult, StopReason, scored_group, write_record
 
-use_training_profile()
-
-from hermes_atropos.errors import HermesAtroposError, UntrackedError  # noqa: E402
-from hermes_atropos.hermes.agent import AtroposAIAgent, Task  # noqa: E402  (Hermes reads its home when it is imported)
-from hermes_atropos.trajectory import AgentResult, StopReason, scored_group, write_record  # noqa: E402
+if TYPE_CHECKING:
+    from hermes_atropos.hermes.agent import AtroposAIAgent
 
 __all__ = ["HermesEnv", "HermesEnvConfig"]
 
@@ -78,6 +79,11 @@ class HermesEnvConfig(BaseEnvConfig):
     records_path: str | None = Field(
         default=None, description="Write each rollout that ended in time to this JSONL file, also one that failed."
     )
+    keep_env: Annotated[list[str], BeforeValidator(split_at_commas)] = Field(
+        default=[],
+        description="Environment variables that the training profile leaves although they hold a model provider's key "
+        "or address, such as those of a judge in verify.",
+    )
 
 
 class HermesEnv(BaseEnv):
@@ -90,17 +96,21 @@ class HermesEnv(BaseEnv):
         agent: runs every rollout.
 
     Raises:
-        ConfigurationError: at construction, where the agent cannot be made so.
+        ConfigurationError: at construction, where the agent cannot be made so, or Hermes was imported before the
+            training profile could be entered.
     """
 
     env_config_cls = HermesEnvConfig
 
     def __init__(self, config: HermesEnvConfig, server_configs: Any, **options: Any) -> None:
+        use_training_profile(keep_env=config.keep_env)
         super().__init__(config, server_configs, **options)
         self.agent = self.make_agent()
 
     def make_agent(self) -> AtroposAIAgent:
         """The agent as the configuration has it; override it to give other arguments."""
+        from hermes_atropos.hermes.agent import AtroposAIAgent  # Hermes reads its home when it is imported
+
         return AtroposAIAgent(
             server=self.server,
             tokenizer=self.tokenizer,

@@ -12,15 +12,18 @@ Without it, Hermes reads and writes the user's home as always. Model calls go to
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from hermes_atropos.errors import ConfigurationError
+from hermes_atropos.runtime import once
 
-__all__ = ["active_profile", "use_training_profile"]
+__all__ = ["active_profile", "freeze_heap", "use_training_profile"]
 
 # A config.yaml must exist: without one every read of the configuration expands all defaults again (about 5 ms, several
 # times a model call).
@@ -83,15 +86,21 @@ def active_profile() -> Path | None:
     return _active
 
 
-def use_training_profile(*, context_length: int = 131072, compression: bool = False) -> Path:
-    """Give this process a private Hermes home, for as long as the process lives.
+def use_training_profile(
+    *, context_length: int = 131072, compression: bool = False, keep_env: Collection[str] = ()
+) -> Path:
+    """Give this process a private Hermes home, and take model providers' keys out of its environment, for good.
 
-    Call it before anything else imports Hermes, ``hermes_atropos.hermes.agent`` included; a second call returns the
-    same home.
+    Call it before anything else imports Hermes, ``AtroposAIAgent`` included; a second call returns the same home. When
+    the first agent is constructed, what the process holds by then, Hermes' modules above all, is taken out of the
+    garbage collector's sight (``gc.freeze``): each of its looks through all of that would stop the event loop for a
+    tenth of a second.
 
     Args:
         context_length: tokens that the model can read; Hermes demands at least 64,000 and compresses by it.
         compression: whether Hermes may summarise long histories; each summary starts a new sequence.
+        keep_env: names of variables that stay though they hold a provider's key or address: a verifier's judge may
+            need them. Hermes' auxiliary calls could find them too.
 
     Returns:
         The home, removed when the process ends.
@@ -105,7 +114,7 @@ def use_training_profile(*, context_length: int = 131072, compression: bool = Fa
     if "hermes_constants" in sys.modules or "run_agent" in sys.modules:
         raise ConfigurationError(
             "hermes-agent has been imported already and has read the user's home: "
-            "call use_training_profile() before the first import of hermes_atropos.hermes.agent or of Hermes itself."
+            "call hermes_atropos.use_training_profile() before the first import of AtroposAIAgent or of Hermes itself."
         )
     home = Path(tempfile.mkdtemp(prefix="hermes-atropos-home-"))
     atexit.register(remove, home, os.getpid())
@@ -117,13 +126,21 @@ def use_training_profile(*, context_length: int = 131072, compression: bool = Fa
     (home / "config.yaml").write_text(config, encoding="utf-8")
     os.environ.update(ENVIRONMENT, HERMES_HOME=str(home))
     _active = home
-    for name in provider_credentials() - OTHER_USES:
+    for name in provider_credentials() - OTHER_USES - set(keep_env):
         os.environ.pop(name, None)
     return home
 
 
+@once
+def freeze_heap() -> None:
+    """What ``use_training_profile`` says of the garbage collector; nothing without the profile."""
+    if _active is not None:
+        gc.collect()
+        gc.freeze()
+
+
 def remove(home: Path, owner: int) -> None:
-    """At the end of the process that made the home, not of one that was forked from it."""
+    """Remove the home at the end of the process that made it, not of one that was forked from it."""
     if os.getpid() == owner:
         shutil.rmtree(home, ignore_errors=True)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 import json
 import random
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from hermes_atropos.errors import SandboxError, ToolDefinitionError, UnknownToolsetError
+from hermes_atropos.hermes import seams
 from hermes_atropos.hermes.versions import check_versions
 from hermes_atropos.runtime import run_in_rollout_thread, run_to_end
 from hermes_atropos.toolcalls import ToolCall
@@ -21,7 +19,7 @@ from hermes_atropos.toolcalls.schema import nearest
 from hermes_atropos.tools import Tool, ToolRegistry, ToolTask
 from hermes_atropos.trajectory import ToolResult
 
-__all__ = ["HermesTools"]
+__all__ = ["HermesTools", "check_toolsets"]
 
 #: Tools of Hermes that only read: they may run side by side. The others run alone, in the order of the calls.
 HERMES_PARALLEL = frozenset(
@@ -81,13 +79,13 @@ class HermesTools(ToolRegistry):
         max_result_chars: int = 100_000,
     ) -> None:
         super().__init__(time_limit_s=time_limit_s, max_result_chars=max_result_chars)
-        for name in [*toolsets, *disabled]:
-            _check_toolset(name)
+        check_versions()
+        check_toolsets([*toolsets, *disabled])
         for name in toolsets:
             _check_allowed(name)
         self.toolsets = list(toolsets)
         self._todos: dict[str, Any] = {}
-        for definition in _definitions(toolsets, disabled):
+        for definition in _usable(toolsets, disabled):
             name = definition["function"]["name"]
             run = self._todo if name == "todo" else functools.partial(self._call_hermes, name)
             self._add(Tool(definition, run, blocking=True, parallel=name in HERMES_PARALLEL))
@@ -109,11 +107,14 @@ class HermesTools(ToolRegistry):
         Raises:
             UnknownToolsetError: Hermes has no such distribution.
         """
-        distributions = _hermes().distributions
+        check_versions()
+        from toolset_distributions import list_distributions
+
+        distributions = list_distributions()
         if name not in distributions:
             raise UnknownToolsetError(f"Hermes has no toolset distribution {name!r}. {nearest(name, distributions)}")
         chances: dict[str, float] = distributions[name]["toolsets"]
-        usable = [toolset for toolset in chances if _definitions([toolset])]
+        usable = [toolset for toolset in chances if _usable([toolset])]
         draw = random.Random(seed)
         drawn = [toolset for toolset in chances if draw.random() * 100 < chances[toolset]]
         likeliest = sorted(usable, key=lambda toolset: -chances[toolset])[:1]
@@ -126,8 +127,10 @@ class HermesTools(ToolRegistry):
         return TERMINAL_NOTES + (PROCESS_NOTES if "process" in self else "")
 
     def _call_hermes(self, name: str, arguments: dict[str, Any], task_id: str | None) -> Any:
-        _hermes().declare_stateless_channel()
-        return _hermes().handle_function_call(name, arguments, task_id=task_id, enabled_tools=list(self._tools))
+        from model_tools import handle_function_call
+
+        seams.release().nobody_waits()
+        return handle_function_call(name, arguments, task_id=task_id, enabled_tools=list(self._tools))
 
     def _todo(self, arguments: dict[str, Any], task_id: str | None) -> Any:
         """Hermes' loop keeps the list; here each task does."""
@@ -187,49 +190,31 @@ class HermesTools(ToolRegistry):
         return await sandbox.call(keep)
 
 
-@functools.cache
-def _hermes() -> SimpleNamespace:
-    """What is used of hermes-agent: imported with the first registry, because it reads its home when it is imported.
-
-    Raises:
-        UnsupportedVersionError: this release of it is not supported.
-    """
-    check_versions()
-    import model_tools
-    import toolset_distributions
-    import toolsets
-
-    try:
-        channel = importlib.import_module("gateway.session_context")
-    except ImportError:
-        channel = None
-    return SimpleNamespace(
-        get_tool_definitions=model_tools.get_tool_definitions,
-        handle_function_call=model_tools.handle_function_call,
-        # From 0.19: tools then don't promise to report later, because nobody is there to deliver it.
-        declare_stateless_channel=getattr(channel, "declare_stateless_channel", lambda: None),
-        distributions=toolset_distributions.list_distributions(),
-        toolsets=toolsets,
-    )
-
-
-def _definitions(toolsets: Sequence[str], disabled: Sequence[str] = ()) -> list[dict[str, Any]]:
+def _usable(toolsets: Sequence[str], disabled: Sequence[str] = ()) -> list[dict[str, Any]]:
     """What Hermes can run of these toolsets here, without what has no place in a rollout."""
-    find = _hermes().get_tool_definitions
-    # Newer releases hide rarely used tools behind a search; the model is to see them all.
-    whole = {name: True for name in inspect.signature(find).parameters if name == "skip_tool_search_assembly"}
-    found = find(list(toolsets), list(disabled) or None, quiet_mode=True, **whole)
+    found = seams.release().definitions(toolsets, disabled)
     return [definition for definition in found if definition["function"]["name"] not in HERMES_REFUSED]
 
 
-def _check_toolset(name: str) -> None:
-    toolsets = _hermes().toolsets
-    if not toolsets.validate_toolset(name):
-        raise UnknownToolsetError(f"Hermes has no toolset {name!r}. {nearest(name, toolsets.get_all_toolsets())}")
+def check_toolsets(names: Sequence[str]) -> None:
+    """Refuse a name that Hermes would pass over in silence.
+
+    Raises:
+        UnknownToolsetError: a toolset that Hermes does not have, or a single name in place of a list.
+    """
+    import toolsets
+
+    if isinstance(names, str):
+        raise UnknownToolsetError(f"{names!r} is not a list of toolsets: write [{names!r}]")
+    for name in names:
+        if not toolsets.validate_toolset(name):
+            raise UnknownToolsetError(f"Hermes has no toolset {name!r}. {nearest(name, toolsets.get_all_toolsets())}")
 
 
 def _check_allowed(name: str) -> None:
-    tools = set(_hermes().toolsets.resolve_toolset(name))
+    import toolsets
+
+    tools = set(toolsets.resolve_toolset(name))
     if tools and tools <= set(HERMES_REFUSED):
         reasons = "; ".join(f"{tool}: {HERMES_REFUSED[tool]}" for tool in sorted(tools))
         raise ToolDefinitionError(f"the toolset {name!r} has no place in a rollout ({reasons}). Leave it out")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 from hermes_atropos.errors import UnsupportedVersionError
 
-__all__ = ["SUPPORTED", "check_versions"]
+__all__ = ["SUPPORTED", "check_versions", "hermes_version"]
 
 #: Distribution name → supported releases; pyproject.toml asks for the same. hermes-agent's internals, which the agent
 #: overrides, change from release to release; atroposlib has no server calls with token ids before 0.4.
@@ -31,3 +32,11 @@ def check_versions() -> None:
             raise UnsupportedVersionError(
                 f"{distribution} {installed} is installed, but hermes_atropos works with {supported}: {remedy}"
             )
+
+
+def hermes_version() -> Version | None:
+    """The release of hermes-agent that is installed; None where that is not known."""
+    try:
+        return Version(version("hermes-agent"))
+    except (PackageNotFoundError, InvalidVersion):
+        return None

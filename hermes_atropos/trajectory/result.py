@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import math
-import numbers
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from hermes_atropos.errors import (
     TokenFidelityError,
     UntrackedError,
 )
+from hermes_atropos.settings import is_number
 from hermes_atropos.tokens.ledger import MASK, PROMPT_LOGPROB, BreakCause, FidelityReport, Ledger
 from hermes_atropos.toolcalls import ParseStatus, ToolCall, tool_response
 
@@ -412,12 +412,6 @@ class AgentResult:
                     if sequence.masked_tokens[position] != MASK:
                         advantages[position] = float(rewards[turn["ref"]])
         return advantages
-
-
-def is_number(value: Any, *, whole: bool = False) -> bool:
-    """Whether a value from outside is a finite number, or a whole one."""
-    kind = numbers.Integral if whole else numbers.Real
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _sequences(ledger: Ledger, decode: Callable[[list[int]], str], *, include_discarded: bool) -> list[SequenceData]:

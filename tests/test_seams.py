@@ -1,0 +1,139 @@
+"""Hermes is held by names: each is looked for, and what is changed in place shows in our rollouts alone."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+import run_agent
+from packaging.version import Version
+from run_agent import AIAgent
+from support import agent_saying, server_of, terminal
+from tools import delegate_tool
+
+from hermes_atropos.errors import ConfigurationError, UnsupportedVersionError
+from hermes_atropos.hermes import hooks, seams, versions
+from hermes_atropos.hermes.agent import AtroposAIAgent
+from hermes_atropos.hermes.seams import SEAMS, WRAPPED, Seam, acting_agent, acting_for, rebound
+
+
+def owner_of(seam: Seam) -> tuple[Any, str]:
+    """What holds the name, and the name there."""
+    *parts, last = seam.name.split(".")
+    return functools.reduce(getattr, parts, importlib.import_module(seam.module)), last
+
+
+def holders(seam: Seam) -> list[tuple[Any, str]]:
+    """All that must lose the name for it to be gone: for a method, each class that defines it."""
+    owner, name = owner_of(seam)
+    if not inspect.isclass(owner):
+        return [(owner, name)]
+    return [(cls, name) for cls in owner.__mro__ if name in vars(cls) and cls is not object]
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As in a process that has constructed no agent yet."""
+    agent_saying()  # Hermes' modules are imported, and the wrappers in place
+    monkeypatch.setattr(seams, "check", seams.check.__wrapped__)  # type: ignore[attr-defined]
+    return monkeypatch
+
+
+@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam.module}.{seam.name}")
+def test_what_is_gone_is_named_at_the_first_construction(seam: Seam, unchecked: pytest.MonkeyPatch) -> None:
+    for owner, name in holders(seam):
+        if isinstance(owner, type) or inspect.ismodule(owner):
+            unchecked.delattr(owner, name)
+        else:
+            unchecked.delattr(type(owner), name)
+    with pytest.raises(UnsupportedVersionError) as caught:
+        agent_saying("Hi.")
+    message = str(caught.value)
+    assert f"{seam.module}.{seam.name} is missing" in message
+    assert str(versions.hermes_version()) in message
+    assert "hermes/seams.py" in message
+    assert isinstance(caught.value, ConfigurationError)
+
+
+@pytest.mark.parametrize(
+    "seam", [seam for seam in SEAMS if seam.parameters], ids=lambda seam: f"{seam.module}.{seam.name}"
+)
+def test_a_parameter_that_is_gone_is_named(seam: Seam, unchecked: pytest.MonkeyPatch) -> None:
+    owner, name = holders(seam)[0]
+    unchecked.setattr(
+        owner if isinstance(owner, type) or inspect.ismodule(owner) else type(owner), name, lambda self: None
+    )
+    with pytest.raises(UnsupportedVersionError, match="does not accept") as caught:
+        agent_saying("Hi.")
+    assert all(parameter in str(caught.value) for parameter in seam.parameters or ())
+
+
+def test_a_name_of_newer_releases_is_not_missed_in_older_ones(unchecked: pytest.MonkeyPatch) -> None:
+    unchecked.delattr("agent.runtime_cwd.set_session_cwd")
+    unchecked.setattr(seams, "hermes_version", lambda: Version("0.15.2"))
+    assert agent_saying("Hi.").chat("Hello!") == "Hi."
+
+
+def test_every_method_that_is_overridden_is_in_the_table() -> None:
+    names = {seam.name for seam in SEAMS if seam.module == "run_agent"}
+    overridden = {
+        name
+        for cls in (hooks.Hooks, AtroposAIAgent)
+        for name in vars(cls)
+        if callable(getattr(AIAgent, name, None)) and not hasattr(object, name)
+    }
+    assert {f"AIAgent.{name}" for name in overridden - {"chat"}} <= names
+    assert overridden
+
+
+def test_everything_that_is_wrapped_is_in_the_table() -> None:
+    assert WRAPPED.keys() <= {(seam.module, seam.name) for seam in SEAMS}
+
+
+def test_outside_of_a_rollout_hermes_is_as_it_was() -> None:
+    """Its own agent asks its own provider; so does one that is made while another thread runs a rollout."""
+    agent_saying("Hi.").chat("Hello!")
+    stock = AIAgent(base_url="inproc://elsewhere.invalid/v1", api_key="key", provider="custom", model="m", max_tokens=9)
+    assert type(stock) is AIAgent
+    assert type(stock._create_openai_client({"api_key": "k"}, reason="test", shared=False)).__module__ == "openai"
+    assert acting_agent() is None
+
+
+def test_an_agent_that_hermes_makes_in_a_rollout_is_ours() -> None:
+    parent = agent_saying("Hi.", terminal("echo"))
+    with acting_for(parent):
+        child: Any = run_agent.AIAgent(model="another", provider="openrouter", api_key="sk", quiet_mode=True)
+    assert isinstance(child, hooks.Subagent)
+    assert child.chat("Hello!") == "Hi."
+    assert server_of(parent).requests[0].prompt.count("Hello!") == 1
+
+
+def test_a_subagent_past_the_library_raises_and_ends_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = agent_saying(
+        '<tool_call>\n{"name": "delegate_task", "arguments": {"goal": "Count the files."}}\n</tool_call>',
+        "Never asked for.",
+        enabled_toolsets=["delegation"],
+    )
+
+    def foreign(task_index: int, *args: Any, parent_agent: Any = None, **options: Any) -> Any:
+        child = object()
+        parent_agent._active_children.append(child)
+        return child
+
+    monkeypatch.setattr(delegate_tool, "_build_child_agent", foreign)
+    result = agent.run_conversation("Delegate.")
+    assert isinstance(result["cause"], UnsupportedVersionError)
+    assert "made a subagent of the class object past this library" in result["error"]
+    assert len(server_of(agent).requests) == 1
+
+
+def test_a_copied_function_refuses_a_name_that_it_does_not_use() -> None:
+    def upstream() -> Any:
+        return terminal
+
+    assert rebound(upstream, terminal="exchanged")() == "exchanged"
+    with pytest.raises(UnsupportedVersionError, match="no longer uses moved"):
+        rebound(upstream, moved="exchanged")
