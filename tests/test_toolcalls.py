@@ -157,7 +157,7 @@ class TestForms:
             ('\n{"name": "f",\n "arguments": {"x": \'1\'}}\n', BAD, "line 2, column 21: .*'1'}}"),
             ('{"name": "f", "arguments": {"x": "a\nb"}}', BAD, r"escaped, a newline as \\n"),
             ('{"name": "f", "arguments": {"x": "\\d"}}', BAD, "expected one of the escapes"),
-            ('{"name": "f", "arguments": {"x": NaN}}', BAD, "NaN is no JSON value"),
+            ('{"name": "f", "arguments": {"x": NaN}}', BAD, "NaN is not a JSON value"),
             ('{"name": "f", "arguments": {"x": 1e999}}', BAD, "1e999 is too large"),
             ('{"name": "f", "arguments": {"x": "\\ud83d"}}', BAD, "half of a surrogate pair"),
             ('{"name": "f", "arguments": {"x": ' + "9" * 5000 + "}}", BAD, "too many digits"),

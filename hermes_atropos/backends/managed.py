@@ -23,18 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ExactManagedServer"]
 
-#: Which of our formats a vLLM tool parser reads, where the names differ.
-TOOL_PARSERS = {
-    "deepseek_v3": "deepseek",
-    "deepseek_v31": "deepseek",
-    "glm45": "glm",
-    "glm47": "glm",
-    "kimi_k2": "kimi",
-    "llama4_json": "llama3_json",
-    "llama4_pythonic": "pythonic",
-    "openai": "gpt_oss",
-    "qwen3_xml": "qwen3_coder",
-}
 
 
 class ExactManagedServer:
@@ -74,7 +62,7 @@ class ExactManagedServer:
         self.server = server
         self.tokenizer = tokenizer or own_tokenizer(getattr(server, "servers", [server])[0])
         self.track_tree = track_tree
-        tool_format = TOOL_PARSERS.get(tool_parser or "auto", tool_parser or "auto")
+        tool_format = tool_parser or "auto"
         plain = not getattr(self.tokenizer, "chat_template", None)
         self.backend = TrackedBackend(
             server,

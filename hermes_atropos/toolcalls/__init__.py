@@ -1,7 +1,7 @@
 """Tool calls: what a model wrote, whether it can be run, and what to tell the model if not.
 
 ``parse_text`` takes an answer apart, ``validate`` checks its calls against the tools, ``error_result`` words the answer
-to those that failed. ``calls`` says what a call is, ``formats`` how each model family writes one.
+to those that failed. ``call`` says what a call is, ``formats`` how each model family writes one.
 """
 
 from hermes_atropos.toolcalls.call import ParsedText, ParseStatus, ToolCall, from_openai

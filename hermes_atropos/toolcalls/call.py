@@ -26,7 +26,7 @@ class ParseStatus(StrEnum):
     UNCLOSED_BLOCK = "unclosed_block"
     #: A call that does not say which tool.
     MISSING_NAME = "missing_name"
-    #: Readable, but no call: an array, arguments that are no object, a parameter that is not closed.
+    #: Readable, but not a call: an array, arguments that are not an object, a parameter that is not closed.
     MALFORMED = "malformed"
     #: The tool does not exist.
     UNKNOWN_TOOL = "unknown_tool"
@@ -34,11 +34,11 @@ class ParseStatus(StrEnum):
     INVALID_ARGUMENTS = "invalid_arguments"
 
 
-#: Its own, so that a tool which seeds the shared one cannot make ids come twice; seeded by the system at import.
+#: Not the shared generator: a tool that seeds that one would make ids come twice.
 _random = random.Random()
 
 
-def _mint_id() -> str:
+def _new_id() -> str:
     return f"call_{_random.getrandbits(96):024x}"
 
 
@@ -46,7 +46,7 @@ class ToolCall(BaseModel):
     """One attempt of the model to call a tool.
 
     Attributes:
-        id: unique; minted here, because models write none, or the same one twice.
+        id: unique; made here, because models write none, or the same one twice.
         name: the tool's name; empty where it could not be read.
         arguments: the decoded arguments; empty where they could not be read.
         status: what became of the attempt.
@@ -56,7 +56,7 @@ class ToolCall(BaseModel):
         sampled_id: the id that the model itself wrote (Kimi, Mistral), which its template shows beside the result.
     """
 
-    id: str = Field(default_factory=_mint_id)
+    id: str = Field(default_factory=_new_id)
     name: str = ""
     arguments: dict[str, Any] = Field(default_factory=dict)
     status: ParseStatus = ParseStatus.OK
@@ -100,8 +100,8 @@ class ParsedText(NamedTuple):
 def from_openai(tool_calls: Iterable[Any] | None) -> list[ToolCall]:
     """Native tool calls, as dicts or as objects of the ``openai`` package, in their order.
 
-    Arguments may be JSON text or an object. Text that is no JSON makes an ``INVALID_JSON`` call. A server's id is kept
-    unless it is empty or stands twice in the list: Hermes would lose the second call.
+    Arguments may be JSON text or an object. Text that is not JSON makes an ``INVALID_JSON`` call. A server's id is
+    kept unless it is empty or stands twice in the list: Hermes would lose the second call.
     """
     calls: list[ToolCall] = []
     seen: set[str] = set()
@@ -125,19 +125,21 @@ def _get(item: Any, key: str) -> Any:
 def named_call(name: Any, arguments: Any, **fields: Any) -> ToolCall:
     """A call from what stood in the places of the name and the arguments, whatever that is."""
     if not isinstance(name, str) or not name.strip():
-        return failed(ParseStatus.MISSING_NAME, "The call does not name a tool: its name must be a string.", **fields)
+        return failed_call(
+            ParseStatus.MISSING_NAME, "The call does not name a tool: its name must be a string.", **fields
+        )
     name = name.strip()
     what = f"The arguments of {name[:80]!r}"
     if isinstance(arguments, str):
         try:
             arguments = loads(arguments) if arguments.strip() else {}
         except BrokenJSON as error:
-            return failed(ParseStatus.INVALID_JSON, f"{what} are not valid JSON: {error}.", name=name, **fields)
+            return failed_call(ParseStatus.INVALID_JSON, f"{what} are not valid JSON: {error}.", name=name, **fields)
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
         found = type_name(arguments)
-        return failed(ParseStatus.MALFORMED, f"{what} must be a JSON object, not {found}.", name=name, **fields)
+        return failed_call(ParseStatus.MALFORMED, f"{what} must be a JSON object, not {found}.", name=name, **fields)
     return ToolCall(name=name, arguments=dict(arguments), **fields)
 
 
@@ -145,12 +147,12 @@ def object_call(value: Any, **fields: Any) -> ToolCall:
     """A call from ``{"name": …, "arguments": …}``; ``parameters`` is taken where there are no ``arguments``."""
     if not isinstance(value, dict):
         error = f"The call must be a JSON object with a name and arguments, not {type_name(value)}."
-        return failed(ParseStatus.MALFORMED, error, **fields)
+        return failed_call(ParseStatus.MALFORMED, error, **fields)
     arguments = value["arguments"] if "arguments" in value else value.get("parameters")
     return named_call(value.get("name"), arguments, **fields)
 
 
-def failed(status: ParseStatus, error: str, **fields: Any) -> ToolCall:
+def failed_call(status: ParseStatus, error: str, **fields: Any) -> ToolCall:
     return ToolCall(status=status, error=error, **fields)
 
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from hermes_atropos.messages import Tool
 from hermes_atropos.toolcalls.call import ToolCall
+from hermes_atropos.toolcalls.formats import FORMATS
 from hermes_atropos.toolcalls.schema import functions_of
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads
 
 __all__ = ["error_result", "tool_response", "tools_prompt"]
-
-# Formats whose call is one JSON object, with the key of its arguments; and those whose arguments are no JSON.
-_KEYS = {"hermes": "arguments", "llama3_json": "parameters"}
-_UNQUOTED = {"qwen3_coder", "glm", "pythonic"}
 
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def tools_prompt(tools: Sequence[Mapping[str, Any]]) -> str:
+def tools_prompt(tools: Sequence[Tool]) -> str:
     """What the system prompt says of the tools where the chat template has no place for them.
 
     The tools stand between ``<tools>`` tags, one JSON object a line, schemas in full; then follow the tags of a call
@@ -57,16 +55,17 @@ def call_schema(name: str | None = None, parameters: Any = None, key: str = "arg
     }
 
 
-def error_result(call: ToolCall, tools: Sequence[Mapping[str, Any]] | None) -> str:
+def error_result(call: ToolCall, tools: Sequence[Tool] | None) -> str:
     """The answer to a call that could not be run: its fault, and the schema that the next try has to fit."""
     fault = call.error or "The call could not be read."
     function = functions_of(tools).get(call.name)
     name, parameters = (call.name, function.get("parameters")) if function else (None, None)
-    if call.format in _KEYS:
-        what = f"valid JSON that fits this schema: {_dumps(call_schema(name, parameters, _KEYS[call.format]))}"
+    format = FORMATS.get(call.format)
+    if format and format.arguments_key:
+        what = f"valid JSON that fits this schema: {_dumps(call_schema(name, parameters, format.arguments_key))}"
     else:
-        what = f"{'arguments' if call.format in _UNQUOTED else 'arguments as valid JSON'} that fit this schema:"
-        what = f"{what} {_dumps(parameters or {'type': 'object'})}"
+        arguments = "arguments" if format and not format.json_arguments else "arguments as valid JSON"
+        what = f"{arguments} that fit this schema: {_dumps(parameters or {'type': 'object'})}"
     return f"Error: {fault} The tool was not run. Call again with {what}"
 
 

@@ -14,19 +14,20 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import Draft202012Validator, validator_for
 from referencing import Registry
 
+from hermes_atropos.messages import Tool
 from hermes_atropos.toolcalls.call import ParseStatus, ToolCall
 from hermes_atropos.toolcalls.strict_json import TOO_DEEP, BrokenJSON, loads
 
 __all__ = ["functions_of", "nearest", "validate"]
 
 
-def functions_of(tools: Iterable[Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
+def functions_of(tools: Iterable[Tool] | None) -> dict[str, Mapping[str, Any]]:
     """Name → function of OpenAI tool definitions, with or without the ``{"type": "function"}`` envelope."""
     functions = (tool.get("function", tool) for tool in tools or [])
     return {function["name"]: function for function in functions if isinstance(function.get("name"), str)}
 
 
-def validate(calls: Iterable[ToolCall], tools: Sequence[Mapping[str, Any]] | None) -> list[ToolCall]:
+def validate(calls: Iterable[ToolCall], tools: Sequence[Tool] | None) -> list[ToolCall]:
     """The calls, with those marked that no tool can answer; the ones given are left as they are.
 
     A well-formed call becomes ``UNKNOWN_TOOL`` (with the nearest names) or ``INVALID_ARGUMENTS`` (with the first
@@ -79,9 +80,11 @@ def _fitted(arguments: dict[str, Any], parameters: Any) -> tuple[dict[str, Any],
             errors = list(islice(validator.iter_errors(arguments), 3))
     except RecursionError:
         raise
-    except Exception:  # A reference that leads nowhere, a pattern that is no regular expression: faults of the schema.
+    except (
+        Exception
+    ):  # A reference that leads nowhere, a pattern that is not a regular expression: faults of the schema.
         return arguments, []
-    return arguments, [_words(error) for error in errors[:3]]
+    return arguments, [_fault(error) for error in errors[:3]]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -123,7 +126,7 @@ def _unquoted(
     return copy
 
 
-def _words(error: ValidationError) -> str:
+def _fault(error: ValidationError) -> str:
     error = best_match([error]) or error
     message = error.message
     if len(message) > 200:

@@ -17,7 +17,7 @@ TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels"
 
 
 class BrokenJSON(ValueError):
-    """Text that is no JSON: line, column, what was expected there and what was found.
+    """Text that is not JSON: line, column, what was expected there and what was found.
 
     Attributes:
         position: where in the text; everything before it was read as JSON.
@@ -31,7 +31,7 @@ class BrokenJSON(ValueError):
 
 
 def _refuse(constant: str) -> Any:
-    raise BrokenJSON(f"{constant} is no JSON value")
+    raise BrokenJSON(f"{constant} is not a JSON value")
 
 
 def _finite(number: str) -> float:

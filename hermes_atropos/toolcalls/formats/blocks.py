@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from hermes_atropos.messages import Tool
 from hermes_atropos.toolcalls.call import ParsedText, ToolCall
 from hermes_atropos.toolcalls.schema import functions_of
 
@@ -20,7 +21,7 @@ class Scan:
 
     text: str
     format: str
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: Sequence[Tool] | None = None
     _absent: dict[re.Pattern[str], int] = field(default_factory=dict)
 
     def search(self, pattern: re.Pattern[str], start: int) -> re.Match[str] | None:

@@ -1,0 +1,76 @@
+"""What a tool-call format is, and the table of those that are known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hermes_atropos.errors import ConfigurationError
+from hermes_atropos.toolcalls.call import ParsedText
+from hermes_atropos.toolcalls.formats.blocks import Scan
+
+__all__ = ["FORMATS", "Format", "format_named", "format_of", "register"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a family of models writes tool calls.
+
+    Attributes:
+        name: what ``tool_format`` calls it.
+        parse: takes an answer apart; ``True`` says that the answer begins within reasoning. It never raises.
+            ``Blocks(…).parse`` is one, for calls that stand in blocks between other text.
+        mark: regular expression that is found in a call as this family's chat templates write it, and not in one of a
+            format that was registered later.
+        parsers: further names by which ``tool_format`` finds it: those of vLLM's tool parsers for these models.
+        arguments_key: where a call is one JSON object, the key of its arguments. A model whose call failed is shown
+            the schema of that object, else that of the arguments alone.
+        json_arguments: the arguments are JSON; else that is not asked of a model whose call failed.
+    """
+
+    name: str
+    parse: Callable[[Scan, bool], ParsedText]
+    mark: str
+    parsers: tuple[str, ...] = ()
+    arguments_key: str | None = None
+    json_arguments: bool = True
+
+
+_formats: dict[str, Format] = {}
+
+#: Name → format.
+FORMATS: Mapping[str, Format] = _formats
+
+
+def register(format: Format) -> None:
+    """Make a format known to ``parse_text``, to the renderers and to whatever has a ``tool_format``.
+
+    Raises:
+        ConfigurationError: another format has one of its names.
+    """
+    for name in (format.name, *format.parsers):
+        if _find(name):
+            raise ConfigurationError(f"There is already a tool-call format named {name!r}")
+    _formats[format.name] = format
+
+
+def format_named(name: str) -> Format:
+    """The format of that name, or the one that vLLM's tool parser of that name reads.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    format = _find(name)
+    if format is None:
+        raise ConfigurationError(f"Unknown tool-call format {name!r}: use one of {', '.join(sorted(_formats))}")
+    return format
+
+
+def _find(name: str) -> Format | None:
+    return _formats.get(name) or next((format for format in _formats.values() if name in format.parsers), None)
+
+
+def format_of(call: str) -> Format | None:
+    """The format in which a chat template wrote a call; of several that fit, the one that was registered last."""
+    return next((format for format in reversed(_formats.values()) if re.search(format.mark, call)), None)

@@ -1,0 +1,45 @@
+"""GLM 4.5 to 4.7.
+
+::
+
+    <tool_call>f
+    <arg_key>x</arg_key>
+    <arg_value>1</arg_value>
+    </tool_call>
+"""
+
+from __future__ import annotations
+
+import re
+
+from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
+from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.json_block import block_end
+from hermes_atropos.toolcalls.formats.pairs import Pairs, read_pairs, typed
+
+FUNCTION = re.compile(r"\s*(?P<name>[^<>\n{]*)")
+PAIRS = Pairs(
+    parameter=re.compile(r"\s*<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>"),
+    closing="</arg_value>",
+    behind=re.compile(r"</arg_value>\s*+(?=<arg_key>|</tool_call>)"),
+    last=re.compile(r"\s*</tool_call>"),
+    end=block_end("</tool_call>", "<tool_call>"),
+    convert=lambda _, text, schema: typed(text, schema),
+)
+
+
+def read(scan: Scan, opening: re.Match[str]) -> Read:
+    function = FUNCTION.match(scan.text, opening.end())
+    name, position = (function["name"].strip(), function.end()) if function else ("", opening.end())
+    return read_pairs(scan, opening.start(), position, name, PAIRS)
+
+
+register(
+    Format(
+        name="glm",
+        parse=Blocks("<tool_call>", read).parse,
+        mark="<arg_key>",
+        parsers=("glm45", "glm47"),
+        json_arguments=False,
+    )
+)

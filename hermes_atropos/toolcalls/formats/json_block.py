@@ -1,0 +1,106 @@
+"""Blocks that hold JSON: a whole call, or the arguments of one whose name is known; and blocks that cannot be read."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any, NamedTuple
+
+from hermes_atropos.toolcalls.call import ParseStatus, failed_call, named_call, object_call
+from hermes_atropos.toolcalls.formats.blocks import Read, Scan
+from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads, value_at
+
+__all__ = ["BlockEnd", "block_end", "broken_json", "read_json", "wrong_opening"]
+
+
+class BlockEnd(NamedTuple):
+    """How a block ends.
+
+    Attributes:
+        tag: what closes it.
+        pattern: the tag (group ``close``), or what shows that it is missing.
+        optional: a complete call may also stand at the end of the text, because the tag is a stop token.
+    """
+
+    tag: str
+    pattern: re.Pattern[str]
+    optional: bool = False
+
+
+def block_end(tag: str, *others: str) -> BlockEnd:
+    """The end of a block that ``tag`` closes; ``others`` show that it is missing."""
+    return BlockEnd(tag, re.compile("|".join([f"(?P<close>{re.escape(tag)})", *map(re.escape, others)])))
+
+
+def read_json(scan: Scan, start: int, body: int, end: BlockEnd, name: str | None = None, **known: Any) -> Read:
+    """A block from ``start`` to ``end`` with JSON at ``body``: the arguments where the name is known, else the call."""
+    text, broken, value = scan.text, None, None
+    build = object_call if name is None else partial(named_call, name)
+    try:
+        value, behind = value_at(text, body)
+    except BrokenJSON as error:
+        broken, behind = error, body
+    tag = scan.search(end.pattern, behind)
+    if broken and tag and tag["close"] is None and tag.start() < broken.position:
+        # The beginning of another call within a string of this one is data: it must not be run.
+        tag = scan.search(end.pattern, broken.position)
+    stop = tag.start() if tag else len(text)
+    closed = tag is not None and tag["close"] is not None
+    if not broken and (closed or (end.optional and tag is None)) and not text[behind:stop].strip():
+        place = tag.end() if tag else stop
+        return [build(value, **known, **scan.fields(start, place))], place
+    if not broken and not closed:
+        call = build(value, **known, **scan.fields(start, behind))
+        fault = {"status": ParseStatus.UNCLOSED_BLOCK, "error": f"The call is not closed: {end.tag} is missing."}
+        return [call.model_copy(update=fault)], behind
+    return broken_json(scan, start, body, tag, "" if end.optional and tag is None else end.tag, name, **known)
+
+
+def broken_json(
+    scan: Scan,
+    start: int,
+    body: int,
+    tag: re.Match[str] | None,
+    closing: str = "",
+    name: str | None = None,
+    **known: Any,
+) -> Read:
+    """A block from ``start`` whose JSON at ``body`` is broken.
+
+    It ends with ``tag`` if that closes it, else before ``tag``; ``closing`` is the tag that it must have, if any.
+    """
+    stop = tag.start() if tag else len(scan.text)
+    closed = tag is not None and tag.groupdict().get("close") is not None
+    place = tag.end() if tag and closed else stop
+    try:
+        loads(scan.text[body:stop])
+        fault, truncated = "expected nothing after the JSON", False
+    except BrokenJSON as error:
+        fault, truncated = str(error), error.truncated
+    if closed or not (closing or truncated):
+        status, sentence = ParseStatus.INVALID_JSON, f"The call is not valid JSON: {fault}."
+    else:
+        missing = f" {closing} is missing, and" if closing else ""
+        status, sentence = ParseStatus.UNCLOSED_BLOCK, f"The call is not closed:{missing} its JSON is broken: {fault}."
+    name = name or _name_in(scan.text[body : min(stop, body + 1000)])
+    return [failed_call(status, sentence, name=name.strip(), **known, **scan.fields(start, place))], place
+
+
+_NAME = re.compile(r'"name"\s*:\s*"([\w.:-]{1,128})"')
+
+
+def _name_in(broken: str) -> str:
+    """The tool that a broken call most likely meant, so that the answer can show its schema."""
+    match = _NAME.search(broken)
+    return match[1] if match else ""
+
+
+def wrong_opening(scan: Scan, opening: re.Match[str], end: BlockEnd, expected: str) -> Read:
+    """A block that does not begin as it must."""
+    tag = scan.search(end.pattern, opening.end())
+    closed = tag is not None and tag["close"] is not None
+    stop = tag.end() if tag and closed else tag.start() if tag else len(scan.text)
+    status = ParseStatus.MALFORMED if closed else ParseStatus.UNCLOSED_BLOCK
+    found = scan.text[opening.end() : min(stop, opening.end() + 40)].strip()
+    error = f"The call must begin with {expected}; {opening.group().strip()!r} is followed by {found!r}."
+    return [failed_call(status, error, **scan.fields(opening.start(), stop))], stop
