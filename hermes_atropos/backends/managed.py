@@ -12,8 +12,8 @@ from openai.types.chat.chat_completion import Choice
 
 from hermes_atropos.backends.tracked import INLINE_CHARS, TrackedBackend, off_loop
 from hermes_atropos.messages import TURN_KEY, Message, Tool
-from hermes_atropos.rendering.plain import PlainRenderer, template_text
-from hermes_atropos.rendering.tokenizers import decode, own_tokenizer
+from hermes_atropos.rendering.plain import PlainRenderer
+from hermes_atropos.rendering.tokenizers import decode, own_tokenizer, template_text
 from hermes_atropos.tokens.ledger import BreakCause, Ledger, Match, Prompt, Turn
 from hermes_atropos.tokens.ledger import Sequence as Stream
 from hermes_atropos.toolcalls import ParseStatus, ToolCall
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from atroposlib.envs.server_handling.managed_server import SequenceNode
 
 __all__ = ["ExactManagedServer"]
-
 
 
 class ExactManagedServer:

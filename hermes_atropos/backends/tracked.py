@@ -13,8 +13,7 @@ from hermes_atropos.backends.pool import Sample, TokenServers
 from hermes_atropos.errors import ContextLengthError, TokenFidelityError
 from hermes_atropos.messages import Message, Tool
 from hermes_atropos.rendering import Renderer, renderer_for
-from hermes_atropos.rendering.plain import template_text
-from hermes_atropos.rendering.tokenizers import decode, vocab_size
+from hermes_atropos.rendering.tokenizers import decode, template_text, vocab_size
 from hermes_atropos.tokens.ledger import BreakCause, Ledger, Match, Prompt, Turn
 from hermes_atropos.toolcalls import ParsedText
 
@@ -199,8 +198,7 @@ class TrackedBackend:
             return BreakCause.HISTORY_REWRITTEN
         if self.finish_reason(turn) == "length":
             return BreakCause.TRUNCATED
-        rewrites = getattr(self.renderer, "rewrites", None)
-        if rewrites and rewrites(match.history, turn.output_ids.tolist(), match.new_messages, tools):
+        if self.renderer.rewrites(match.history, turn.output_ids.tolist(), match.new_messages, tools):
             return BreakCause.TEMPLATE
         return BreakCause.UNPROVABLE
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hermes_atropos.errors import ChatTemplateError
+from hermes_atropos.messages import Message, Tool, call_function, text_of, tool_call_block
+from hermes_atropos.rendering.tokenizers import template_text
 from hermes_atropos.toolcalls import tool_response, tools_prompt
 
 __all__ = ["ChatTemplate", "Dialect"]
-
-Message = Mapping[str, Any]
-Tool = Mapping[str, Any]
 
 PROBE_NAME = "atropos_probe_tool"
 PROBE_TOOL: Tool = {
@@ -69,18 +68,7 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: the template refuses it, for instance because its roles don't alternate.
         """
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] if tools else None,
-                tokenize=False,
-                add_generation_prompt=open_turn,
-                **self.options,
-            )
-        except Exception as error:  # whatever a template raises: jinja2's errors, TypeError, KeyError
-            roles = ", ".join(str(message.get("role")) for message in messages[-6:])
-            raise ChatTemplateError(f"The chat template refuses messages that end with {roles}: {error}") from error
-        return str(text)
+        return template_text(self._tokenizer, messages, tools, open_turn, **self.options)
 
     def shows(self, messages: Sequence[Message], *texts: str, tools: Sequence[Tool] | None = None) -> bool:
         """Whether the template takes the conversation and writes all of ``texts``, with a turn opened or without."""
@@ -247,7 +235,7 @@ class Dialect:
 
     def _plain_answer(self, message: Message, content: Any) -> dict[str, Any]:
         plain = {"role": "assistant", "content": content}
-        calls = [call.get("function") or call for call in message.get("tool_calls") or ()]
+        calls = [call_function(call) for call in message.get("tool_calls") or ()]
         ids = [call.get("id") for call in message.get("tool_calls") or ()]
         if calls and self.calls:
             plain["content"] = content or self.blank
@@ -260,7 +248,7 @@ class Dialect:
                 for call_id, call in zip(ids, calls, strict=True)
             ]
         elif calls:
-            blocks = [_call_block(call.get("name"), call.get("arguments")) for call in calls]
+            blocks = [tool_call_block(call.get("name"), call.get("arguments")) for call in calls]
             plain["content"] = "\n".join([content, *blocks] if content else blocks)
         reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
         if reasoning and self.reasoning:
@@ -272,7 +260,10 @@ class Dialect:
 
     def _arguments(self, arguments: Any) -> Any:
         if isinstance(arguments, str) and not self.text_arguments:
-            parsed = _parsed(arguments)
+            try:
+                parsed = json.loads(arguments)
+            except ValueError:
+                return arguments
             return parsed if isinstance(parsed, dict) else arguments
         if not isinstance(arguments, str) and not self.object_arguments:
             return json.dumps({} if arguments is None else arguments, ensure_ascii=False)
@@ -285,31 +276,9 @@ class Dialect:
         return hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
-def text_of(content: Any) -> str | None:
-    """The text of a content: a string, a list of OpenAI text parts, or nothing; None if there is more in it."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-    return None if None in texts else "\n".join(str(text) for text in texts)
-
-
-def _parsed(arguments: str) -> Any:
-    try:
-        return json.loads(arguments)
-    except ValueError:
-        return arguments
-
-
-def _call_block(name: Any, arguments: Any) -> str:
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments)
-    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False, default=str)
-    return f"<tool_call>\n{call}\n</tool_call>"
-
-
-def _called_names(messages: Sequence[Message]) -> dict[str, str]:
+def _called_names(messages: Sequence[Message]) -> dict[str, Any]:
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    return {call["id"]: (call.get("function") or call).get("name") for call in calls if call.get("id")}
+    return {call["id"]: call_function(call).get("name") for call in calls if call.get("id")}
 
 
 def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
@@ -327,7 +296,7 @@ def _system_into_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return users
 
 
-def _results_as_users(messages: list[dict[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
+def _results_as_users(messages: list[dict[str, Any]], names: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Tool results as user messages, one for the results that stand together."""
     users: list[dict[str, Any]] = []
     previous = None

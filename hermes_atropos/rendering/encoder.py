@@ -7,31 +7,14 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["ChunkEncoder", "decode"]
+from hermes_atropos.rendering.tokenizers import LONG
+
+__all__ = ["ChunkEncoder"]
 
 #: Tokens that are remembered, all chunks together: about 4 MB of ids.
 REMEMBERED_TOKENS = 2**20
-
-#: From so many characters or tokens on, the batch methods of the tokenizers library are used: they give up the
-#: interpreter lock, which for a shorter text takes longer to get back than the work takes.
-LONG = 4096
-
-
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of token ids, special tokens included.
-
-    A fast tokenizer's backend is asked directly: what `transformers` puts before it looks at each id in Python, which
-    takes longer than the decoding.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None and len(ids) < LONG:
-        return str(backend.decode(list(ids), skip_special_tokens=False))
-    if backend is not None:
-        return str(backend.decode_batch([list(ids)], skip_special_tokens=False)[0])
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class ChunkEncoder:

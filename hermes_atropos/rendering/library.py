@@ -8,20 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hermes_atropos.errors import ChatTemplateError
+from hermes_atropos.messages import Message, Tool, call_function
 from hermes_atropos.rendering.bridge import TemplateRenderer
 from hermes_atropos.rendering.dialect import PROBE_TOOL, SYSTEM, USER, probe_call, probe_result
-from hermes_atropos.rendering.encoder import decode
+from hermes_atropos.rendering.renderer import Renderer
 from hermes_atropos.toolcalls import ParsedText, ParseStatus, ToolCall
-from hermes_atropos.toolcalls.call import failed, named_call
+from hermes_atropos.toolcalls.call import failed_call, named_call
 
 __all__ = ["LibraryRenderer", "library_renderer"]
 
 logger = logging.getLogger(__name__)
 
-Message = Mapping[str, Any]
-Tool = Mapping[str, Any]
-
-#: As much of a prompt's end as tells what it opened.
+#: So many of a prompt's last tokens tell the library what it opened.
 PROMPT_END = 256
 
 ANSWER: Message = {"role": "assistant", "content": "An answer."}
@@ -45,7 +43,7 @@ FAULTS = {
 }
 
 
-class LibraryRenderer:
+class LibraryRenderer(Renderer):
     """Bridges and parses as the library does, which reads tool calls from token ids.
 
     Prompts come from the tokenizer's template, where it has one: the library was found to render the same, and the
@@ -60,8 +58,9 @@ class LibraryRenderer:
 
     def __init__(self, library: Any, name: str, tokenizer: Any, template: TemplateRenderer | None) -> None:
         self._library = library
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._template = template
+        self.tool_format = template.tool_format if template else "hermes"
         self._names_results = name == "gpt-oss"
         self.stop_token_ids = frozenset(library.get_stop_token_ids())
 
@@ -111,7 +110,6 @@ class LibraryRenderer:
         new_messages: Sequence[Message],
         tools: Sequence[Tool] | None = None,
     ) -> bool:
-        """Whether ``bridge`` gives None because the template changes what stands before the new messages."""
         return self._template is not None and self._template.rewrites(history, turn_ids, new_messages, tools)
 
     def parse(
@@ -130,9 +128,6 @@ class LibraryRenderer:
             (parsed.content or "").strip() or None, reasoning, [_call(call) for call in parsed.tool_calls]
         )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return decode(self._tokenizer, ids)
-
     def _plain(self, messages: Sequence[Message], tools: Any, *, after: Sequence[Message]) -> list[dict[str, Any]]:
         if self._template:
             plain, _ = self._template.prepare(messages, tools)
@@ -140,7 +135,7 @@ class LibraryRenderer:
             plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if self._names_results:
             calls = [call for message in after for call in message.get("tool_calls") or ()]
-            names = {call.get("id"): call["function"]["name"] for call in calls}
+            names = {call.get("id"): call_function(call).get("name") for call in calls}
             for message, given in zip(plain, messages, strict=False):
                 if given["role"] == "tool" and given.get("tool_call_id") in names:
                     message["name"] = names[given["tool_call_id"]]
@@ -200,4 +195,4 @@ def _call(call: Any) -> ToolCall:
     if str(call.status) == "ok":
         return named_call(call.name, call.arguments, **fields)
     status, error = FAULTS.get(str(call.status), FAULTS["malformed_structure"])
-    return failed(status, error, name=call.name or "", **fields)
+    return failed_call(status, error, name=call.name or "", **fields)

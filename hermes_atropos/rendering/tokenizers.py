@@ -1,13 +1,19 @@
-"""Tokenizers: which one a server's model has, and what is asked of any."""
+"""Tokenizers: which one a server's model has, and what every renderer asks of it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from hermes_atropos.errors import NoTokenizerError
+from hermes_atropos.errors import ChatTemplateError, NoTokenizerError
+from hermes_atropos.messages import TURN_KEY, Message, Tool
 
-__all__ = ["decode", "load_tokenizer", "own_tokenizer", "vocab_size"]
+__all__ = ["decode", "load_tokenizer", "own_tokenizer", "template_text", "vocab_size"]
+
+#: From so many characters or tokens on, the batch methods of the tokenizers library are used: they give up the
+#: interpreter lock, which for a shorter text takes longer to get back than the work takes.
+LONG = 4096
 
 
 def load_tokenizer(name: str) -> Any:
@@ -57,7 +63,41 @@ def vocab_size(tokenizer: Any) -> int | None:
     return _VOCAB_SIZES[tokenizer]
 
 
-def decode(tokenizer: Any, ids: list[int], *, skip_special_tokens: bool = False) -> str:
-    """The ids' text; past the wrapper of a fast Hugging Face tokenizer, which is slower and may "clean up" spaces."""
-    inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    return str(inner.decode(ids, skip_special_tokens=skip_special_tokens))
+def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of token ids, without the "clean up" of spaces.
+
+    A fast tokenizer's backend is asked directly: what ``transformers`` puts before it looks at each id in Python, which
+    takes longer than the decoding.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        # Only transformers' own tokenizers have the option.
+        clean_up = getattr(tokenizer, "clean_up_tokenization_spaces", None)
+        options = {} if clean_up is None else {"clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, **options))
+    if len(ids) < LONG:
+        return str(backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+    return str(backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
+
+
+def template_text(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None = None,
+    open_turn: bool = True,
+    **options: Any,
+) -> str:
+    """The messages as the tokenizer's chat template writes them; ``open_turn`` adds what opens an assistant turn.
+
+    Raises:
+        ChatTemplateError: the tokenizer has no template, or it refuses the messages.
+    """
+    plain = [{key: value for key, value in message.items() if key != TURN_KEY} for message in messages]
+    if tools:  # a template that knows no tools may not even have the argument
+        options["tools"] = [dict(tool) for tool in tools]
+    try:
+        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=open_turn, **options)
+    except Exception as error:  # whatever a template raises: jinja2's errors, TypeError, KeyError
+        roles = ", ".join(str(message.get("role")) for message in messages[-6:])
+        raise ChatTemplateError(f"The chat template refuses messages that end with {roles}: {error}") from error
+    return str(text)

@@ -16,7 +16,7 @@ from atroposlib.envs.server_handling.server_baseline import APIServer, APIServer
 from openai.types.chat.chat_completion import ChatCompletion
 from openai.types.completion import Completion
 
-from hermes_atropos.rendering.encoder import decode
+from hermes_atropos.rendering.tokenizers import decode
 from hermes_atropos.testing.tokenizer import chatml_tokenizer
 
 __all__ = ["Reply", "ScriptedRequest", "ScriptedServer", "tool_call"]

@@ -1,0 +1,102 @@
+"""What is asked of every renderer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from hermes_atropos.messages import Message, Tool
+from hermes_atropos.rendering.tokenizers import decode
+from hermes_atropos.toolcalls import ParsedText, parse_text
+
+__all__ = ["Renderer"]
+
+#: So many of a prompt's last tokens tell whether it opened the reasoning.
+OPENING_TOKENS = 16
+
+
+class Renderer(ABC):
+    """What a model's chat template says about token ids.
+
+    Attributes:
+        tokenizer: the model's.
+        tool_format: the format in which its answers are read: the name of one of ``toolcalls.FORMATS``.
+        stop_token_ids: ids that end an assistant's turn.
+    """
+
+    tokenizer: Any
+    tool_format: str
+    stop_token_ids: frozenset[int]
+
+    @abstractmethod
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
+        """The whole conversation, then what opens an assistant turn: ``[prompt_len] int``.
+
+        As in ``tokenizer.apply_chat_template``, the text of a special token in a message becomes that token.
+
+        Raises:
+            ChatTemplateError: the template refuses the conversation.
+        """
+
+    @abstractmethod
+    def bridge(
+        self,
+        history: Sequence[Message],
+        turn_ids: Sequence[int],
+        new_messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+    ) -> list[int] | None:
+        """What to append to ``prompt + turn_ids``, so that the next assistant turn can begin.
+
+        Args:
+            history: the messages before the new ones; the last is the assistant turn that was sampled.
+            turn_ids: ``[output_len] int``, that turn as it was sampled. Where its end token is missing, because it
+                was truncated, the bridge begins with it.
+            new_messages: what came after that turn.
+            tools: the tools that the conversation's prompts were rendered with.
+
+        Returns:
+            ``[extension_len] int``, or None where it can't be proven that the template would only append.
+            The cost depends on ``turn_ids`` and ``new_messages`` alone.
+        """
+
+    def rewrites(
+        self,
+        history: Sequence[Message],
+        turn_ids: Sequence[int],
+        new_messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+    ) -> bool:
+        """Whether ``bridge`` gives None because the template changes what stands before the new messages."""
+        return False
+
+    def parse(
+        self,
+        output_ids: Sequence[int],
+        tools: Sequence[Tool] | None = None,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> ParsedText:
+        """Content, reasoning and tool calls of a sampled turn.
+
+        Args:
+            output_ids: ``[output_len] int``, as sampled.
+            tools: the tools that were offered.
+            prompt_ids: what they were sampled after; its end tells whether the prompt opened the reasoning. Without it,
+                what the template does after a user message is taken for granted.
+        """
+        end = len(output_ids)
+        while end and output_ids[end - 1] in self.stop_token_ids:
+            end -= 1
+        prompt = self.opening(tools) if prompt_ids is None else self.decode(prompt_ids[-OPENING_TOKENS:])
+        return parse_text(
+            self.decode(output_ids[:end]), format=self.tool_format, thinking_open=prompt.rstrip().endswith("<think>")
+        )
+
+    def opening(self, tools: Sequence[Tool] | None) -> str:
+        """What the template writes before an answer to a user message; empty where that is unknown."""
+        return ""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return decode(self.tokenizer, ids)
