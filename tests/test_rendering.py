@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import threading
+import weakref
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -370,6 +372,20 @@ class TestBridge:
             assert rewrites == (way in family.breaks)
         assert not renderer.rewrites([user("Go."), user("On.")], [], [user("x")])
 
+    def test_a_refused_bridge_keeps_nothing_of_the_conversation(self) -> None:
+        class Content(str):
+            pass
+
+        content = Content("On.")
+        kept = weakref.ref(content)
+        renderer = RENDERERS["Qwen 3 Thinking"]
+        for _ in range(2):
+            new_messages = [system("Be brief."), user(content)]
+            assert renderer.bridge([user("Go."), answer("Yes.")], [7], new_messages) is None
+        del new_messages, content
+        gc.collect()
+        assert kept() is None
+
 
 class Counting:
     """A tokenizer that counts the characters that it encodes."""
@@ -412,6 +428,21 @@ class TestTurns:
         )
         assert parsed.content is None
         assert parsed.reasoning == ("Hm." if thought else None)
+
+    @pytest.mark.parametrize(
+        ("format", "text"),
+        [
+            (
+                "qwen3_coder",
+                "<tool_call>\n<function=terminal>\n<parameter=text>\n42\n</parameter>\n</function>\n</tool_call>",
+            ),
+            ("glm", "<tool_call>terminal\n<arg_key>text</arg_key>\n<arg_value>42</arg_value>\n</tool_call>"),
+        ],
+    )
+    def test_a_parameter_that_is_declared_as_a_string_stays_one(self, format: str, text: str) -> None:
+        family = next(family for family in FAMILIES if family.format == format)
+        [call] = RENDERERS[family.name].parse(encode(TOKENIZERS[family.name], text), TOOLS).calls
+        assert call.arguments == {"text": "42"}
 
     @every_family
     def test_ends(self, family: Family) -> None:
@@ -854,6 +885,19 @@ class TestLibrary:
 
     def test_a_format_that_was_asked_for(self, tokenizer: Any) -> None:
         assert isinstance(renderer_for(tokenizer, tool_format="glm"), TemplateRenderer)
+
+    def test_a_call_says_in_which_format_it_is(self) -> None:
+        tokenizer = next(family for family in FAMILIES if family.format == "glm").tokenizer()
+        library = SimpleNamespace(
+            get_stop_token_ids=list,
+            parse_response=lambda *_, **__: SimpleNamespace(
+                content="",
+                reasoning_content=None,
+                tool_calls=[SimpleNamespace(name="ls", arguments={}, raw="", id=None, status="ok")],
+            ),
+        )
+        [call] = LibraryRenderer(library, "glm", tokenizer, TemplateRenderer(tokenizer)).parse([], None, [1]).calls
+        assert call.format == "glm"
 
     @pytest.mark.parametrize("way", families.WAYS)
     @given(one=CONTENTS, two=CONTENTS, with_tools=st.booleans())

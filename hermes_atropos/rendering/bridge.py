@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from hermes_atropos.errors import ChatTemplateError
@@ -44,7 +45,7 @@ OTHER_ENDS = ("<|eom_id|>", "<|endoftext|>", "<|end_of_text|>")
 
 
 class Shape(NamedTuple):
-    """What decides how a template goes on after a turn; proofs hold for one shape each."""
+    """What decides how a template goes on after a turn; a verdict holds for one shape."""
 
     tools: bool
     system: bool
@@ -52,6 +53,14 @@ class Shape(NamedTuple):
     thought: bool
     calls: bool
     roles: tuple[str, ...]
+
+
+class Verdict(Enum):
+    """Whether bridges of a shape are proven, and if not, whether that is because the template rewrites."""
+
+    PROVEN = auto()
+    UNPROVEN = auto()
+    REWRITTEN = auto()
 
 
 class TemplateRenderer(Renderer):
@@ -98,7 +107,7 @@ class TemplateRenderer(Renderer):
                 if with_tools and not self._layouts:
                     raise
         self._check_ids()
-        self._proofs: dict[Shape, Unproven | None] = {}
+        self._verdicts: dict[Shape, Verdict] = {}
         #: The format in which the template writes calls.
         self.written_format = self._layout(True).call_format()
         self.tool_format = self.written_format if tool_format == "auto" else format_named(tool_format).name
@@ -177,24 +186,21 @@ class TemplateRenderer(Renderer):
         layout = self._layout(tools)
         if layout.dialect.reasoning and any(_stands_for_result(message) for message in (*history[:2], history[-2])):
             raise Unproven
+        system, after_tools = history[0]["role"] in ("system", "developer"), before[0] == "tool"
+        context = layout.context(system=system, after_tools=after_tools)
+        prompt = layout.prompt(system=system, after_tools=after_tools)
         shape = Shape(
             tools=bool(tools),
-            system=history[0]["role"] in ("system", "developer"),
-            after_tools=before[0] == "tool",
-            thought=False,
+            system=system,
+            after_tools=after_tools,
+            thought=prompt.rstrip().endswith(layout.reasoning_opening) or layout.shows_reasoning(self.decode(turn_ids)),
             calls=bool(history[-1].get("tool_calls")) or "tool" in roles,
             roles=roles,
         )
-        context = layout.context(system=shape.system, after_tools=shape.after_tools)
-        prompt = layout.prompt(system=shape.system, after_tools=shape.after_tools)
-        said = self.decode(turn_ids)
-        if prompt.rstrip().endswith(layout.reasoning_opening) or layout.reasoning_opening in said or "</think>" in said:
-            shape = shape._replace(thought=True)
-        if shape not in self._proofs:
-            self._proofs[shape] = self._refute(shape)
-        refuted = self._proofs[shape]
-        if refuted:
-            raise refuted
+        if shape not in self._verdicts:
+            self._verdicts[shape] = self._try(shape)
+        if self._verdicts[shape] is not Verdict.PROVEN:
+            raise Unproven(rewritten=self._verdicts[shape] is Verdict.REWRITTEN)
         calls = _calls_of(history[-1], new_messages)
         if len(calls) > 1 and not layout.dialect.several_calls:
             raise Unproven
@@ -213,8 +219,8 @@ class TemplateRenderer(Renderer):
             raise Unproven
         return tail
 
-    def _refute(self, shape: Shape) -> Unproven | None:
-        """Try whether a long conversation goes on after such a turn as the shortest does, in text and in tokens."""
+    def _try(self, shape: Shape) -> Verdict:
+        """Whether a long conversation goes on after such a turn as the shortest does, in text and in tokens."""
         layout = self._layout(shape.tools)
         context = layout.context(system=shape.system, after_tools=shape.after_tools)
         opening = layout.context(system=shape.system, after_tools=False)
@@ -237,12 +243,12 @@ class TemplateRenderer(Renderer):
                     or EARLIER_ID in tail
                     or not self._encodes_apart(whole.removesuffix(tail), tail)
                 ):
-                    return Unproven()
+                    return Verdict.UNPROVEN
         except ChatTemplateError:
-            return Unproven()
+            return Verdict.UNPROVEN
         except Unproven as reason:
-            return reason
-        return None
+            return Verdict.REWRITTEN if reason.rewritten else Verdict.UNPROVEN
+        return Verdict.PROVEN
 
     def _encodes_apart(self, head: str, tail: str) -> bool:
         """Whether the two have the same ids apart and together, the tail's first being the end token."""

@@ -92,6 +92,10 @@ class Layout:
         messages, tools = self.dialect.prepare(messages, self._tools)
         return self.template(messages, tools, open_turn=open_turn)
 
+    def shows_reasoning(self, text: str) -> bool:
+        """Whether a sampled turn holds reasoning."""
+        return self.reasoning_opening in text or "</think>" in text
+
     def context(self, *, system: bool, after_tools: bool) -> list[Message]:
         """The shortest conversation that a turn can follow."""
         messages = [SYSTEM, USER] if system else [USER]

@@ -124,9 +124,8 @@ class LibraryRenderer(Renderer):
             list(output_ids), tools=_plain_tools(tools), prompt_ids=list(prompt_ids[-PROMPT_END:])
         )
         reasoning = (parsed.reasoning_content or "").strip() or None
-        return ParsedText(
-            (parsed.content or "").strip() or None, reasoning, [_call(call) for call in parsed.tool_calls]
-        )
+        calls = [_call(call, self.tool_format) for call in parsed.tool_calls]
+        return ParsedText((parsed.content or "").strip() or None, reasoning, calls)
 
     def _plain(self, messages: Sequence[Message], tools: Any, *, after: Sequence[Message]) -> list[dict[str, Any]]:
         if self._template:
@@ -190,8 +189,8 @@ def _plain_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
     return [dict(tool) for tool in tools] if tools else None
 
 
-def _call(call: Any) -> ToolCall:
-    fields = {"raw": call.raw or "", "sampled_id": call.id}
+def _call(call: Any, tool_format: str) -> ToolCall:
+    fields = {"raw": call.raw or "", "format": tool_format, "sampled_id": call.id}
     if str(call.status) == "ok":
         return named_call(call.name, call.arguments, **fields)
     status, error = FAULTS.get(str(call.status), FAULTS["malformed_structure"])

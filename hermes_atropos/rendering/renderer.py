@@ -90,7 +90,10 @@ class Renderer(ABC):
             end -= 1
         prompt = self.opening(tools) if prompt_ids is None else self.decode(prompt_ids[-OPENING_TOKENS:])
         return parse_text(
-            self.decode(output_ids[:end]), format=self.tool_format, thinking_open=prompt.rstrip().endswith("<think>")
+            self.decode(output_ids[:end]),
+            format=self.tool_format,
+            thinking_open=prompt.rstrip().endswith("<think>"),
+            tools=tools,
         )
 
     def opening(self, tools: Sequence[Tool] | None) -> str:
