@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import keyword
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hermes_atropos.toolcalls import FORMATS, ParseStatus, ToolCall, parse_text
+from hermes_atropos.backends.managed import ExactManagedServer
+from hermes_atropos.errors import ConfigurationError
+from hermes_atropos.rendering import renderer_for
+from hermes_atropos.testing import chatml_tokenizer
+from hermes_atropos.testing.server import ScriptedServer
+from hermes_atropos.toolcalls import FORMATS, ParseStatus, ToolCall, error_result, parse_text
+from hermes_atropos.toolcalls.formats import Blocks, Format, Read, Scan, block_end, format_named, read_json, register
 
 OK, BAD, ODD = ParseStatus.OK, ParseStatus.INVALID_JSON, ParseStatus.MALFORMED
 UNCLOSED, NAMELESS = ParseStatus.UNCLOSED_BLOCK, ParseStatus.MISSING_NAME
@@ -459,3 +466,55 @@ class TestDetails:
     def test_harmony_without_channels_is_an_answer(self) -> None:
         assert parse_text("Hello.", format="gpt_oss") == ("Hello.", None, [])
         assert parse_text("Hm", format="gpt_oss", thinking_open=True) == (None, "Hm", [])
+
+
+class TestFromOutside:
+    """A format that is not the package's own, registered as those are."""
+
+    END = block_end("</invoke>", "<invoke ")
+
+    @classmethod
+    def read(cls, scan: Scan, opening: re.Match[str]) -> Read:
+        return read_json(scan, opening.start(), opening.end(), cls.END, opening["name"])
+
+    @pytest.fixture(autouse=True)
+    def registered(self) -> Iterator[Format]:
+        invoke = Format(
+            name="invoke",
+            parse=Blocks(r'<invoke tool="(?P<name>[^"<]*)">', self.read).parse,
+            mark="<invoke tool=",
+            parsers=("invoke_v1",),
+        )
+        register(invoke)
+        yield invoke
+        del FORMATS["invoke"]
+
+    def test_it_is_read(self) -> None:
+        text = 'I look. <invoke tool="ls">{"x": "</invoke>"}</invoke><invoke tool="f">{"x": </invoke>'
+        content, _, calls = parse_text(text, format="invoke")
+        assert content == "I look."
+        assert read(calls) == [("ls", {"x": "</invoke>"}, OK), ("f", {}, BAD)]
+        assert "Call again with arguments as valid JSON that fit" in error_result(calls[1], None)
+
+    def test_a_template_that_writes_it_is_recognised(self) -> None:
+        tokenizer = copy.deepcopy(chatml_tokenizer())
+        head, middle = '<tool_call>\\n{"name": "\' + call.name + \'", "arguments": ', "}\\n</tool_call>"
+        template = tokenizer.chat_template.replace(head, "<invoke tool=\"' + call.name + '\">")
+        tokenizer.chat_template = template.replace(middle, "</invoke>")
+        renderer = renderer_for(tokenizer)
+        assert renderer.tool_format == "invoke"
+        ids = tokenizer.encode('<invoke tool="ls">{"x": 1}</invoke><|im_end|>', add_special_tokens=False)
+        assert read(renderer.parse(ids).calls) == [("ls", {"x": 1}, OK)]
+
+    @pytest.mark.parametrize("name", ["invoke", "invoke_v1"])
+    def test_it_is_found_by_the_names_of_its_parsers(self, registered: Format, name: str) -> None:
+        assert format_named(name) is registered
+        managed = ExactManagedServer(ScriptedServer([]), chatml_tokenizer(), tool_parser=name)
+        assert managed.backend.renderer.tool_format == "invoke"
+
+    @pytest.mark.parametrize(
+        ("name", "parsers"), [("invoke", ()), ("glm45", ()), ("x", ("invoke_v1",)), ("x", ("glm",))]
+    )
+    def test_a_name_is_taken_once(self, registered: Format, name: str, parsers: tuple[str, ...]) -> None:
+        with pytest.raises(ConfigurationError, match="already a tool-call format named"):
+            register(Format(name=name, parse=registered.parse, mark="x", parsers=parsers))

@@ -1,4 +1,4 @@
-"""The text formats in which models write tool calls: a module for each shows one, and reads it.
+"""The text formats in which models write tool calls: each has a module that shows it, reads it and registers it.
 
 They are those of the families' chat templates on the Hugging Face hub (gpt-oss: the harmony format). Common to all:
 a tag within an argument is data, neither the end of a call nor the beginning of another; a broken call ends where the
@@ -13,8 +13,9 @@ from hermes_atropos.messages import Tool
 from hermes_atropos.toolcalls.call import ParsedText, encodable
 from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
 from hermes_atropos.toolcalls.formats.format import FORMATS, Format, format_named, format_of, register
+from hermes_atropos.toolcalls.formats.json_block import block_end, read_json
 
-# A call in a template may bear the marks of several formats: what is imported last is tried first.
+# Each registers its format. A template's call may bear the marks of several: the last registered is tried first.
 # isort: off
 from hermes_atropos.toolcalls.formats import pythonic as pythonic
 from hermes_atropos.toolcalls.formats import llama3_json as llama3_json
@@ -27,7 +28,19 @@ from hermes_atropos.toolcalls.formats import deepseek as deepseek
 from hermes_atropos.toolcalls.formats import kimi as kimi
 # isort: on
 
-__all__ = ["FORMATS", "Blocks", "Format", "Read", "Scan", "format_named", "format_of", "parse_text", "register"]
+__all__ = [
+    "FORMATS",
+    "Blocks",
+    "Format",
+    "Read",
+    "Scan",
+    "block_end",
+    "format_named",
+    "format_of",
+    "parse_text",
+    "read_json",
+    "register",
+]
 
 
 def parse_text(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hermes_atropos.errors import ConfigurationError
@@ -21,8 +21,8 @@ class Format:
         name: what ``tool_format`` calls it.
         parse: takes an answer apart; ``True`` says that the answer begins within reasoning. It never raises.
             ``Blocks(…).parse`` is one, for calls that stand in blocks between other text.
-        mark: regular expression that is found in a call as this family's chat templates write it, and not in one of a
-            format that was registered later.
+        mark: regular expression by which a chat template is recognised: it is searched in a call that the template
+            wrote. Where several formats' marks are found, the one that was registered last counts.
         parsers: further names by which ``tool_format`` finds it: those of vLLM's tool parsers for these models.
         arguments_key: where a call is one JSON object, the key of its arguments. A model whose call failed is shown
             the schema of that object, else that of the arguments alone.
@@ -37,10 +37,8 @@ class Format:
     json_arguments: bool = True
 
 
-_formats: dict[str, Format] = {}
-
 #: Name → format.
-FORMATS: Mapping[str, Format] = _formats
+FORMATS: dict[str, Format] = {}
 
 
 def register(format: Format) -> None:
@@ -52,7 +50,7 @@ def register(format: Format) -> None:
     for name in (format.name, *format.parsers):
         if _find(name):
             raise ConfigurationError(f"There is already a tool-call format named {name!r}")
-    _formats[format.name] = format
+    FORMATS[format.name] = format
 
 
 def format_named(name: str) -> Format:
@@ -63,14 +61,14 @@ def format_named(name: str) -> Format:
     """
     format = _find(name)
     if format is None:
-        raise ConfigurationError(f"Unknown tool-call format {name!r}: use one of {', '.join(sorted(_formats))}")
+        raise ConfigurationError(f"Unknown tool-call format {name!r}: use one of {', '.join(sorted(FORMATS))}")
     return format
 
 
 def _find(name: str) -> Format | None:
-    return _formats.get(name) or next((format for format in _formats.values() if name in format.parsers), None)
+    return FORMATS.get(name) or next((format for format in FORMATS.values() if name in format.parsers), None)
 
 
 def format_of(call: str) -> Format | None:
     """The format in which a chat template wrote a call; of several that fit, the one that was registered last."""
-    return next((format for format in reversed(_formats.values()) if re.search(format.mark, call)), None)
+    return next((format for format in reversed(FORMATS.values()) if re.search(format.mark, call)), None)
