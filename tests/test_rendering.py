@@ -575,7 +575,8 @@ class TestTerms:
         chatml, harmony = RENDERERS["ChatML"], RENDERERS["gpt-oss"]
         assert chatml.render([developer, user("Go.")]) == chatml.render([system("Be brief."), user("Go.")])
         assert "system\nBe brief." in chatml.decode(chatml.render([developer, user("Go.")]))
-        assert harmony.dialect().developer
+        [prepared, _], _ = harmony.prepare([developer, user("Go.")])
+        assert prepared == developer
 
     def test_roles_that_must_alternate(self) -> None:
         renderer = RENDERERS["Gemma 2"]

@@ -17,7 +17,6 @@ from hermes_atropos.rendering.dialect import (
     PROBE_TOOL,
     USER,
     ChatTemplate,
-    Dialect,
     probe_result,
 )
 from hermes_atropos.rendering.encoder import ChunkEncoder
@@ -154,14 +153,6 @@ class TemplateRenderer(Renderer):
     def opening(self, tools: Sequence[Tool] | None) -> str:
         layout = self._layout(tools)
         return layout.text(layout.context(system=False, after_tools=False))
-
-    def dialect(self, *, tools: bool = False) -> Dialect:
-        """What the template takes, in conversations with tools or without.
-
-        Raises:
-            ChatTemplateError: it refuses those conversations.
-        """
-        return self._layout(tools).dialect
 
     def _layout(self, tools: Any) -> Layout:
         try:

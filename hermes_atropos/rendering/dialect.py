@@ -1,4 +1,4 @@
-"""What a chat template takes, found out from the template itself, and conversations put into those terms."""
+"""What a chat template accepts, found out by trying, and conversations put into that form."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a template wants a conversation; ``prepare`` puts it so.
+    """What a template accepts; ``prepare`` puts a conversation into that form.
 
     Attributes:
         tools: it describes the tools itself; else the system prompt does.
@@ -94,8 +94,8 @@ class Dialect:
         calls: it writes ``tool_calls``; else they are ``<tool_call>`` blocks in the content.
         several_calls: it writes more than one to a message; else each has a message, followed by its result.
         object_arguments, text_arguments: it writes arguments that are an object, that are JSON text.
-        blank: what a message with calls has for a content where there is none.
-        answered_calls: it writes content beside calls; else it leaves that out.
+        blank: the content of a message that has calls alone.
+        answered_calls: it writes content beside calls; else it leaves the content out.
         long_ids: it takes any call id; else only nine alphanumeric characters.
         reasoning: the key of reasoning; None if it writes none.
         reasoned_calls: a message may have reasoning, content and calls at once; else the content joins the reasoning.

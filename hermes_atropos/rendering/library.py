@@ -156,7 +156,7 @@ def library_renderer(
     from renderers.base import MODEL_RENDERER_MAP
 
     name = MODEL_RENDERER_MAP.get(model)
-    # OpenAI's encoder downloads its vocabulary unless told where one is, and a training run calls nobody.
+    # OpenAI's encoder downloads its vocabulary unless told where one is; a training run only calls its servers.
     if name is None or (name == "gpt-oss" and "TIKTOKEN_ENCODINGS_BASE" not in os.environ):
         return None
     try:

@@ -38,7 +38,7 @@ def own_tokenizer(server: Any) -> Any:
     """The tokenizer that a server has, or names in its configuration.
 
     Raises:
-        NoTokenizerError: neither, or it can't be loaded.
+        NoTokenizerError: it has none and names none, or the named one can't be loaded.
     """
     tokenizer = getattr(server, "tokenizer", None)
     if tokenizer is not None:
@@ -55,7 +55,7 @@ _VOCAB_SIZES: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def vocab_size(tokenizer: Any) -> int | None:
-    """One more than the tokenizer's largest id; None where it doesn't tell."""
+    """One more than the tokenizer's largest id; None if it can't tell."""
     if not (hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "__len__")):
         return None
     if tokenizer not in _VOCAB_SIZES:
@@ -66,8 +66,8 @@ def vocab_size(tokenizer: Any) -> int | None:
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
     """The text of token ids, without the "clean up" of spaces.
 
-    A fast tokenizer's backend is asked directly: what ``transformers`` puts before it looks at each id in Python, which
-    takes longer than the decoding.
+    A fast tokenizer's backend is asked directly: the code of ``transformers`` around it looks at each id in Python,
+    which takes longer than the decoding.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -92,7 +92,9 @@ def template_text(
     Raises:
         ChatTemplateError: the tokenizer has no template, or it refuses the messages.
     """
-    plain = [{key: value for key, value in message.items() if key != TURN_KEY} for message in messages]
+    plain = [dict(message) for message in messages]
+    for message in plain:
+        message.pop(TURN_KEY, None)
     if tools:  # a template that knows no tools may not even have the argument
         options["tools"] = [dict(tool) for tool in tools]
     try:

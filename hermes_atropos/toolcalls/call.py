@@ -86,8 +86,8 @@ class ParsedText(NamedTuple):
     """A model's answer, taken apart.
 
     Attributes:
-        content: the visible text around the calls, stripped at both ends; None if there is none. Blocks that are no
-            valid call are left out like those that are: they can be read in ``calls[].raw``.
+        content: the visible text around the calls, stripped at both ends; None if there is none. Blocks of
+            invalid calls are left out too: they can be read in ``calls[].raw``.
         reasoning: what stood between thinking tags, stripped; None if there is none.
         calls: every attempt, in the order of the text.
     """

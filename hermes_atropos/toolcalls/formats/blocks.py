@@ -17,7 +17,7 @@ __all__ = ["Blocks", "Read", "Scan", "joined"]
 
 @dataclass(frozen=True)
 class Scan:
-    """A text that is read from its start to its end, and what reading a call from it needs."""
+    """A text that is read from its start to its end, and what reading calls needs to know."""
 
     text: str
     format: str
@@ -25,7 +25,7 @@ class Scan:
     _absent: dict[re.Pattern[str], int] = field(default_factory=dict)
 
     def search(self, pattern: re.Pattern[str], start: int) -> re.Match[str] | None:
-        """``pattern.search``, which does not look again for what it did not find: thus reading stays linear."""
+        """``pattern.search``, which does not look again for what it did not find, so that reading takes linear time."""
         if start >= self._absent.get(pattern, len(self.text) + 1):
             return None
         match = pattern.search(self.text, start)
@@ -34,7 +34,7 @@ class Scan:
         return match
 
     def fields(self, start: int, end: int) -> dict[str, Any]:
-        """What every call says of where it stood."""
+        """What every call says of itself: its text and its format."""
         return {"raw": self.text[start:end], "format": self.format}
 
     @cached_property
@@ -42,7 +42,7 @@ class Scan:
         return functions_of(self.tools)
 
 
-#: The calls at an opening, and the place behind them. No call: the opening was none, and stays in the content.
+#: The calls at an opening, and the place behind them. Without calls, all of it stays in the content.
 Read = tuple[list[ToolCall], int]
 
 
@@ -52,7 +52,7 @@ class Blocks:
     Args:
         opening: regular expression for what begins a call.
         read: reads the calls at an opening.
-        wrapper: regular expression for tags around calls; they are no content.
+        wrapper: regular expression for tags around calls; they are left out of the content.
         think: regular expressions for the tags around reasoning.
     """
 
@@ -108,7 +108,7 @@ class Blocks:
     def _end_of_reasoning(self, scan: Scan, position: int) -> re.Match[str] | None:
         """The tag that closes it: the first that is not within a well-formed call.
 
-        From a draft that is no such call, or seems to hold another one, nothing can be concluded: then it is the first.
+        A draft that is not well-formed, or seems to hold another call, proves nothing: then it is the first tag.
         """
         while (mark := scan.search(self._in_reasoning, position)) and mark.lastgroup != "close":
             position = mark.end()
