@@ -29,7 +29,7 @@ from typing import Any
 from hermes_atropos import viewer
 from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.testing import chatml_tokenizer, tool_call
-from hermes_atropos.tokens.ledger import Ledger
+from hermes_atropos.tokens import Ledger
 from hermes_atropos.toolcalls import parse_text
 from hermes_atropos.trajectory import AgentResult, AgentStep, ToolResult, read_record, write_record
 

@@ -94,7 +94,7 @@ def _probe(options: argparse.Namespace) -> None:
 
 def _versions(options: argparse.Namespace) -> None:
     from hermes_atropos.hermes.versions import SUPPORTED, check_versions
-    from hermes_atropos.trajectory.result import package_versions
+    from hermes_atropos.trajectory.records import package_versions
 
     for name, version in package_versions().items():
         supported = f"  (supported: {SUPPORTED[name]})" if name in SUPPORTED else ""

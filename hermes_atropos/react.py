@@ -26,11 +26,11 @@ from hermes_atropos.conversation import Conversation, assistant_message, stop_re
 from hermes_atropos.errors import BackendTimeoutError, ConfigurationError, ToolDefinitionError
 from hermes_atropos.logs import redact
 from hermes_atropos.messages import tool_call_block
-from hermes_atropos.settings import is_number
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.toolcalls.prompts import call_schema
 from hermes_atropos.tools import ToolRegistry, ToolResult, ToolTask
 from hermes_atropos.trajectory import AgentResult, SequenceData, StopReason
+from hermes_atropos.values import is_number
 
 if TYPE_CHECKING:
     from hermes_atropos.backends import ModelTurn

@@ -19,16 +19,14 @@ variable                               default   meaning
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hermes_atropos.errors import SettingsError
 
-__all__ = ["BRIEF", "FULL", "Settings", "is_number"]
+__all__ = ["BRIEF", "FULL", "Settings"]
 
 #: Characters of an ordinary and of a full debug line.
 BRIEF, FULL = 4_000, 200_000
@@ -109,9 +107,3 @@ def _count(environ: Mapping[str, str], name: str) -> int | None:
     if not re.fullmatch(r"[1-9][0-9]{0,4}", value):
         raise SettingsError(f"{name}={value!r} is not a count: set it to a whole number from 1 to 99999, or unset it")
     return int(value)
-
-
-def is_number(value: Any, *, whole: bool = False) -> bool:
-    """Whether a value from outside is a finite number, or a whole one."""
-    kind = numbers.Integral if whole else numbers.Real
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)

@@ -43,7 +43,7 @@ from hermes_atropos.errors import SandboxError, ToolDefinitionError
 from hermes_atropos.runtime import run_in_rollout_thread
 from hermes_atropos.toolcalls import ToolCall, error_result, validate
 from hermes_atropos.trajectory import ToolResult
-from hermes_atropos.trajectory.result import SURROGATE
+from hermes_atropos.values import SURROGATE
 
 if TYPE_CHECKING:
     from hermes_atropos.sandbox import Sandbox

@@ -15,8 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hermes_atropos.errors import NoTokenizerError
-from hermes_atropos.messages import TURN_KEY
-from hermes_atropos.tokens.ledger import MASK
+from hermes_atropos.messages import TURN_KEY, call_function
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.trajectory import AgentResult, AgentStep, SequenceData, ToolResult
 
@@ -244,7 +243,7 @@ def _calls(message: Mapping[str, Any], step: AgentStep | None) -> list[CallView]
     found: list[CallView] = []
     known = {call.id: call for call in step.tool_calls} if step else {}
     for written in message.get("tool_calls") or ():
-        function = written.get("function") or {}
+        function = call_function(written)
         call = known.pop(written.get("id"), None)
         found.append(
             {
@@ -306,11 +305,9 @@ def _step_note(step: AgentStep | None, ref: str | None) -> str:
 
 
 def _turns(sequence: SequenceData) -> list[dict[str, Any]]:
-    """The turns of a sequence; those that did not come from a ledger are found by their tokens."""
-    if "turns" in sequence.metadata:
-        return list(sequence.metadata["turns"])
-    sampled = "".join("0" if mask == MASK else "1" for mask in sequence.masked_tokens)
-    return [{"ref": None, "start": run.start(), "end": run.end()} for run in re.finditer("1+", sampled)]
+    """The turns of a sequence; one that does not name them has a turn for each span."""
+    unnamed = [{"ref": None, "start": span.start, "end": span.end} for span in sequence.spans]
+    return list(sequence.metadata.get("turns", unnamed))
 
 
 def _thrown_away(turn: Mapping[str, Any]) -> bool:
@@ -319,8 +316,10 @@ def _thrown_away(turn: Mapping[str, Any]) -> bool:
 
 def _logprobs(sequence: SequenceData, *, only_discarded: bool) -> list[float | None]:
     """None where a token is not trained or, if asked, was not thrown away."""
-    pairs = zip(sequence.masked_tokens, sequence.logprobs, strict=True)
-    logprobs = [None if mask == MASK else logprob for mask, logprob in pairs]
+    logprobs: list[float | None] = [None] * len(sequence)
+    for span in sequence.spans:
+        if span.trained:
+            logprobs[span.start : span.end] = span.logprobs
     for turn in _turns(sequence):
         if only_discarded and not _thrown_away(turn):
             logprobs[turn["start"] : turn["end"]] = [None] * (turn["end"] - turn["start"])

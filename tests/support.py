@@ -19,10 +19,10 @@ import pytest
 from tools import terminal_tool
 from tools.process_registry import process_registry
 
+from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB
 from hermes_atropos.hermes import terminal as sandboxes
 from hermes_atropos.hermes.agent import AtroposAIAgent
 from hermes_atropos.testing import Reply, ScriptedRequest, ScriptedServer, chatml_tokenizer, tool_call
-from hermes_atropos.tokens.ledger import MASK, PROMPT_LOGPROB
 from hermes_atropos.trajectory import AgentResult, SequenceData
 
 #: Seconds after which something that should have happened is taken for not happening. No test waits so long to pass.
@@ -118,7 +118,9 @@ def check_tokens(result: AgentResult, requests: Sequence[ScriptedRequest]) -> No
     assert report is not None
     assert report.mismatches == 0
     assert report.tokens_sampled == tokens_in(sampled)
-    assert report.tokens_trained == tokens_in(trained) == sum(sequence.trainable for sequence in result.sequences)
+    assert (
+        report.tokens_trained == tokens_in(trained) == sum(sequence.trainable_tokens for sequence in result.sequences)
+    )
     assert report.tokens_discarded == report.tokens_sampled - report.tokens_trained
 
 

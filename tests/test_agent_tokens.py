@@ -22,7 +22,7 @@ from support import (
 
 from hermes_atropos import StopReason
 from hermes_atropos.testing import Reply, ScriptedRequest, ScriptedServer, chatml_tokenizer, tool_call
-from hermes_atropos.tokens.ledger import BreakCause
+from hermes_atropos.tokens import BreakCause
 
 MALFORMED = '<tool_call>\n{"name": "terminal", "arguments": {"command": }\n</tool_call>'
 

@@ -22,8 +22,8 @@ from support import run_script
 
 from hermes_atropos.environment import HermesEnv, HermesEnvConfig
 from hermes_atropos.errors import BackendResponseError, HermesAtroposError, UnknownToolsetError, UntrackedError
+from hermes_atropos.exports.atropos import MASK
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
-from hermes_atropos.tokens.ledger import MASK
 from hermes_atropos.trajectory import StopReason, read_records
 
 #: An answer that nobody asks for again.

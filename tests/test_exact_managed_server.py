@@ -18,10 +18,10 @@ from atroposlib.envs.server_handling.server_harness import ServerHarness
 
 from hermes_atropos.backends.managed import ExactManagedServer
 from hermes_atropos.errors import BackendResponseError, NoTokenizerError, TokenFidelityError, UnsupportedServerError
+from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB
 from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.testing.tokenizer import CHATML_TEMPLATE
-from hermes_atropos.tokens.ledger import MASK, PROMPT_LOGPROB
 
 END = chatml_tokenizer().convert_tokens_to_ids("<|im_end|>")
 TOOLS = [{"type": "function", "function": {"name": "ls", "parameters": {"type": "object", "properties": {}}}}]

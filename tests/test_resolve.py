@@ -32,6 +32,7 @@ from hermes_atropos.errors import (
     UnsupportedServerError,
     UntrackedError,
 )
+from hermes_atropos.exports import atropos
 from hermes_atropos.servers.http import (
     AtroposVLLMServer,
     OpenAIEndpoint,
@@ -366,7 +367,7 @@ async def test_resolve_makes_the_server_itself(make: type[Wire], options: Any, e
         [(ids, logprobs, _)] = wired.requests[-1].sampled
         [sequence] = backend.ledger.sequences()
         assert sequence.tokens[-len(ids) :] == ids
-        assert sequence.logprobs[-len(ids) :] == logprobs
+        assert atropos.logprobs(sequence)[-len(ids) :] == logprobs
 
 
 def test_resolve_works_where_an_event_loop_runs_and_where_none_does() -> None:

@@ -27,6 +27,7 @@ from hermes_atropos.errors import (
     TokenFidelityError,
     UnsupportedServerError,
 )
+from hermes_atropos.exports import atropos
 from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.servers.http import (
     AtroposVLLMServer,
@@ -439,9 +440,10 @@ async def test_the_tokens_of_a_rollout_are_those_on_the_wire(protocol: Any) -> N
         ]
         [sequence] = backend.ledger.sequences()
         assert sequence.tokens == prompt_of(third) + third.sampled[0][0]
-        trained = [token for token in sequence.masks if token != -100]
+        masks = atropos.masks(sequence)
+        trained = [token for token in masks if token != -100]
         assert trained == [token for request in (first, second, third) for token in request.sampled[0][0]]
-        logprobs = [value for value, mask in zip(sequence.logprobs, sequence.masks, strict=True) if mask != -100]
+        logprobs = [value for value, mask in zip(atropos.logprobs(sequence), masks, strict=True) if mask != -100]
         assert logprobs == [value for request in (first, second, third) for value in request.sampled[0][1]]
 
 

@@ -29,10 +29,12 @@ from hermes_atropos.errors import (
     TokenFidelityError,
     UnsupportedServerError,
 )
+from hermes_atropos.exports import atropos
+from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB
 from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.rendering import renderer_for
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
-from hermes_atropos.tokens.ledger import MASK, PROMPT_LOGPROB, BreakCause
+from hermes_atropos.tokens import BreakCause
 
 TOKENIZER = chatml_tokenizer()
 END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
@@ -669,17 +671,19 @@ def check_trained_once(backend: TrackedBackend, server: ScriptedServer) -> None:
         last = turns[sequence.turns[-1]][1]
         assert sequence.tokens == last.prompt_ids + last.output_ids[0]
         open_places = set(range(len(sequence.tokens)))
-        for ref, (start, stop) in zip(sequence.turns, sequence.spans, strict=True):
+        masks, logprobs = atropos.masks(sequence), atropos.logprobs(sequence)
+        for ref, span in zip(sequence.turns, sequence.spans, strict=True):
+            start, stop = span.start, span.end
             request = turns[ref][1]
             assert sequence.tokens[start:stop] == request.output_ids[0]
-            if start < stop and sequence.masks[start] != MASK:
-                assert sequence.masks[start:stop] == request.output_ids[0]
-                assert sequence.logprobs[start:stop] == request.logprobs[0]
+            if start < stop and masks[start] != MASK:
+                assert masks[start:stop] == request.output_ids[0]
+                assert logprobs[start:stop] == request.logprobs[0]
                 open_places -= set(range(start, stop))
                 trained.append(ref)
-        assert {sequence.masks[place] for place in open_places} <= {MASK}
-        assert {sequence.logprobs[place] for place in open_places} <= {PROMPT_LOGPROB}
-        assert len(sequence.tokens) == len(sequence.masks) == len(sequence.logprobs)
+        assert {masks[place] for place in open_places} <= {MASK}
+        assert {logprobs[place] for place in open_places} <= {PROMPT_LOGPROB}
+        assert len(sequence.tokens) == len(masks) == len(logprobs)
     wanted = [ref for ref, (turn, request) in turns.items() if turn.discarded is None and request.output_ids[0]]
     assert sorted(trained) == sorted(wanted)
     assert backend.ledger.report().mismatches == 0

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermes_atropos.errors import ConfigurationError, RecordError, TokenFidelityError, UntrackedError
+from hermes_atropos.exports import EXPORTS
+from hermes_atropos.exports.atropos import ManagedState
 from hermes_atropos.messages import TURN_KEY
-from hermes_atropos.tokens.ledger import BreakCause, FidelityReport, Ledger, Turn
+from hermes_atropos.tokens import BreakCause, FidelityReport, Ledger, Turn
 from hermes_atropos.toolcalls import ParseStatus, ToolCall
 from hermes_atropos.trajectory import (
     AgentResult,
@@ -117,14 +119,15 @@ class TestSequenceData:
     def test_the_text_is_made_when_it_is_first_read(self) -> None:
         made = []
 
-        def text() -> str:
+        def text(tokens: list[int]) -> str:
             made.append("ab")
             return "ab"
 
-        make: Any = text
-        sequence = SequenceData(make, [5, 6], [-100, 6], [1.0, -0.5])
+        ledger = Ledger()
+        TestTokensOfALedger.ask(ledger, [{"role": "user", "content": "q"}], [5], [6])
+        sequence = SequenceData.cut(ledger.sequences()[0], text)
         assert (len(sequence), sequence.trainable, made) == (2, 1, [])
-        same = SequenceData("ab", [5, 6], [-100, 6], [1.0, -0.5])
+        same = SequenceData("ab", [5, 6], [-100, 6], [1.0, -0.5], sequence.metadata)
         assert pickle.loads(pickle.dumps(sequence)) == copy.deepcopy(sequence) == sequence == same
         assert (repr(sequence), made) == (repr(same), ["ab"])
 
@@ -194,6 +197,33 @@ class TestTokensOfALedger:
         assert sorted(result.to_scored_data(1.0, include_discarded=True)["tokens"]) == [[1, 2, 3], [1, 2, 4]]
         assert result.all_sequences[0].metadata["turns"][0]["discarded"] == "resampled"
 
+    def test_what_the_ledger_records_later_does_not_change_it(self) -> None:
+        ledger = Ledger()
+        question = {"role": "user", "content": "q"}
+        first = self.ask(ledger, [question], [1, 2], [3])
+        result = AgentResult(True, steps=[AgentStep(1, "", turns=[first.ref])])
+        result.attach_tokens(ledger, str)
+        ledger.discard(first.ref, "resampled")
+        self.ask(ledger, [question], [1, 2], [4])
+        [sequence] = copy.deepcopy(result).sequences
+        assert (sequence.tokens, sequence.masked_tokens) == ([1, 2, 3], [-100, -100, 3])
+        assert sequence.metadata["turns"][0]["discarded"] is None
+        assert pickle.loads(pickle.dumps(result)) == result
+        assert result.steps[0].sequence_data is result.sequences[0]
+
+    def test_the_nodes_of_its_managed_state_are_made_when_they_are_read(self) -> None:
+        ledger = Ledger()
+        self.ask(ledger, [{"role": "user", "content": "q"}], [1, 2], [3])
+        read = []
+        sequence = SequenceData.cut(ledger.sequences()[0], lambda ids: read.append(ids) or str(ids))
+        state = ManagedState([sequence])
+        assert (list(state), read) == (["nodes"], [])
+        [node] = state["nodes"]
+        assert state["nodes"][0] is node
+        assert SequenceData.from_sequence_node(node) == sequence
+        node.tokens.clear()
+        assert sequence.tokens == [1, 2, 3]
+
     def test_after_a_violation_nothing_is_trained(self) -> None:
         ledger = Ledger()
         with pytest.raises(TokenFidelityError):
@@ -258,6 +288,7 @@ class TestScoredData:
         plain, judged = rollout(), rollout()
         judged.steps[1].reward = 2.0
         data = scored_group([plain, judged], [0.0, 1.0])
+        assert EXPORTS["atropos"]([plain, judged], [0.0, 1.0]) == data
         assert data["scores"] == [0.0, 1.0]
         assert [len(row) for row in data["advantages"]] == [len(row) for row in data["tokens"]]
         assert set(data["advantages"][0]) == {0.0}
@@ -371,10 +402,10 @@ class TestRecord:
 
         assert "truncated" in error_of(whole[:-20])
         assert "truncated" in error_of(whole[:-1])
-        assert "no JSON" in error_of(whole[:-20] + b"\n")
+        assert "not JSON" in error_of(whole[:-20] + b"\n")
         assert "is empty" in error_of(b"")
-        assert "no record of a rollout" in error_of(b'{"messages": []}\n')
-        assert "no record of a rollout" in error_of(b"[1]\n")
+        assert "not a record of a rollout" in error_of(b'{"messages": []}\n')
+        assert "not a record of a rollout" in error_of(b"[1]\n")
         newer = json.loads(whole) | {"version": 99}
         assert "version 99" in error_of(json.dumps(newer).encode() + b"\n")
         damaged = json.loads(whole)

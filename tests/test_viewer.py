@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from hermes_atropos.errors import NoTokenizerError
 from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.testing import chatml_tokenizer, tool_call
-from hermes_atropos.tokens.ledger import Ledger
+from hermes_atropos.tokens import Ledger
 from hermes_atropos.toolcalls import parse_text, validate
 from hermes_atropos.trajectory import AgentResult, AgentStep, SequenceData, ToolResult, read_record, write_record
 from hermes_atropos.viewer import View, to_html, token_texts, view

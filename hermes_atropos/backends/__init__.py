@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from hermes_atropos.messages import TURN_KEY
-from hermes_atropos.tokens.ledger import Ledger
+from hermes_atropos.tokens import Ledger
 from hermes_atropos.toolcalls import ToolCall
 
 if TYPE_CHECKING:

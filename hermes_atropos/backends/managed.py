@@ -11,12 +11,14 @@ from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatComplet
 from openai.types.chat.chat_completion import Choice
 
 from hermes_atropos.backends.tracked import INLINE_CHARS, TrackedBackend, off_loop
+from hermes_atropos.exports import atropos
 from hermes_atropos.messages import TURN_KEY, Message, Tool
 from hermes_atropos.rendering.plain import PlainRenderer
 from hermes_atropos.rendering.tokenizers import decode, own_tokenizer, template_text
-from hermes_atropos.tokens.ledger import BreakCause, Ledger, Match, Prompt, Turn
-from hermes_atropos.tokens.ledger import Sequence as Stream
+from hermes_atropos.tokens import BreakCause, Ledger, Match, Prompt, Turn
+from hermes_atropos.tokens import Sequence as TokenSequence
 from hermes_atropos.toolcalls import ParseStatus, ToolCall
+from hermes_atropos.trajectory import SequenceData
 
 if TYPE_CHECKING:
     from atroposlib.envs.server_handling.managed_server import SequenceNode
@@ -194,7 +196,7 @@ class ExactManagedServer:
         return str(getattr(getattr(self.backend.servers.all[0], "config", None), "model_name", "unknown"))
 
     def _text(self, turn: Turn) -> str:
-        return decode(self.tokenizer, turn.output_ids.tolist(), skip_special_tokens=True)
+        return decode(self.tokenizer, list(turn.output_ids), skip_special_tokens=True)
 
     def _choice(self, index: int, turn: Turn, attempts: Sequence[ToolCall]) -> Choice:
         text = self._text(turn)
@@ -211,23 +213,11 @@ class ExactManagedServer:
             index=index, message=message, finish_reason="tool_calls" if calls and reason == "stop" else reason
         )
 
-    def _node(self, sequence: Stream) -> SequenceNode:
-        from atroposlib.envs.server_handling.managed_server import SequenceNode
-
-        # Not validated: these long lists are what they should be, and checking them takes longer than all else.
-        return SequenceNode.model_construct(
-            full_text=self.backend.renderer.decode(sequence.tokens),
-            tokens=sequence.tokens,
-            masked_tokens=sequence.masks,
-            logprobs=sequence.logprobs,
-            metadata={
-                "finish_reason": self.backend.finish_reason(self.ledger.turn(sequence.turns[-1])),
-                "turns": [
-                    {"ref": ref, "start": start, "end": end}
-                    for ref, (start, end) in zip(sequence.turns, sequence.spans, strict=True)
-                ],
-            },
-        )
+    def _node(self, sequence: TokenSequence) -> SequenceNode:
+        node = atropos.sequence_node(SequenceData.cut(sequence, self.backend.renderer.decode))
+        last = self.ledger.turn(sequence.turns[-1])
+        node.metadata["finish_reason"] = self.backend.finish_reason(last)
+        return node
 
     async def _text_prompt(self, text: str) -> Prompt:
         """The recorded prompt of that very text, or a new one that continues the longest recorded stream it can."""

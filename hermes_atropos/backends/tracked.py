@@ -14,7 +14,7 @@ from hermes_atropos.errors import ContextLengthError, TokenFidelityError
 from hermes_atropos.messages import Message, Tool
 from hermes_atropos.rendering import Renderer, renderer_for
 from hermes_atropos.rendering.tokenizers import decode, template_text, vocab_size
-from hermes_atropos.tokens.ledger import BreakCause, Ledger, Match, Prompt, Turn
+from hermes_atropos.tokens import BreakCause, Ledger, Match, Prompt, Turn
 from hermes_atropos.toolcalls import ParsedText
 
 __all__ = ["TrackedBackend"]
@@ -179,7 +179,7 @@ class TrackedBackend:
             return match.prompt, self.ledger.ids(match.prompt)
         cause = None
         if match.turn is not None:
-            output_ids = match.turn.output_ids.tolist()
+            output_ids = list(match.turn.output_ids)
             delta = await off_loop(
                 characters(match.new_messages) > INLINE_CHARS,
                 lambda: self.renderer.bridge(match.history, output_ids, match.new_messages, tools),
@@ -198,12 +198,12 @@ class TrackedBackend:
             return BreakCause.HISTORY_REWRITTEN
         if self.finish_reason(turn) == "length":
             return BreakCause.TRUNCATED
-        if self.renderer.rewrites(match.history, turn.output_ids.tolist(), match.new_messages, tools):
+        if self.renderer.rewrites(match.history, list(turn.output_ids), match.new_messages, tools):
             return BreakCause.TEMPLATE
         return BreakCause.UNPROVABLE
 
     async def _parse(self, turn: Turn, tools: Sequence[Tool] | None) -> ParsedText:
-        output_ids = turn.output_ids.tolist()
+        output_ids = list(turn.output_ids)
         prompt_tail = self.ledger.tail(turn.prompt, PROMPT_TAIL)
         parsed = await off_loop(
             len(output_ids) > INLINE_TOKENS, lambda: self.renderer.parse(output_ids, tools, prompt_tail)
@@ -223,7 +223,7 @@ class TrackedBackend:
             ref=turn.ref,
             prompt_tokens=turn.prompt.length,
             completion_tokens=len(turn.output_ids),
-            raw=decode(self.tokenizer, turn.output_ids.tolist()),
+            raw=decode(self.tokenizer, list(turn.output_ids)),
         )
 
     def finish_reason(self, turn: Turn) -> Literal["stop", "length"]:

@@ -1,22 +1,265 @@
-"""Trajectories as Atropos wants them."""
+"""Atropos' formats: masks and logprobs, ``SequenceNode``, ``ScoredDataItem`` and ``ScoredDataGroup``.
+
+A position that is not trained has the mask -100 and the logprob 1.0; one that is trained has its token as the mask, and
+the logprob with which it was sampled.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from hermes_atropos.errors import ConfigurationError, TokenFidelityError, UntrackedError
+from hermes_atropos.tokens import Sequence as TokenSequence
+from hermes_atropos.tokens import Span
+from hermes_atropos.values import is_number, plain
 
-def managed_state(trajectory: Any) -> dict[str, Any]:
+if TYPE_CHECKING:
     from atroposlib.envs.server_handling.managed_server import SequenceNode
 
-    return {
-        "nodes": [
-            SequenceNode(
-                full_text=sequence.full_text,
-                tokens=sequence.tokens,
-                masked_tokens=sequence.masked_tokens,
-                logprobs=sequence.logprobs,
-                metadata=sequence.metadata,
+    from hermes_atropos.trajectory import AgentResult, SequenceData
+
+__all__ = [
+    "MASK",
+    "PROMPT_LOGPROB",
+    "ManagedState",
+    "from_masks",
+    "logprobs",
+    "masks",
+    "scored_group",
+    "scored_items",
+    "sequence_node",
+]
+
+logger = logging.getLogger(__name__)
+
+#: What stands in ``masks`` and in ``logprobs`` where a token is not trained.
+MASK = -100
+PROMPT_LOGPROB = 1.0
+
+
+def masks(sequence: TokenSequence) -> list[int]:
+    """[seq_len] int: the token where it is trained, -100 elsewhere."""
+    values = [MASK] * len(sequence)
+    for span in sequence.spans:
+        if span.trained:
+            values[span.start : span.end] = sequence.tokens[span.start : span.end]
+    return values
+
+
+def logprobs(sequence: TokenSequence) -> list[float]:
+    """[seq_len] float: the logprob of the token where it is trained, 1.0 elsewhere."""
+    values = [PROMPT_LOGPROB] * len(sequence)
+    for span in sequence.spans:
+        if span.trained:
+            values[span.start : span.end] = span.logprobs
+    return values
+
+
+def from_masks(tokens: Sequence[int], masks: Sequence[int], logprobs: Sequence[float]) -> list[Span]:
+    """The trained spans of Atropos' three lists, [seq_len] each.
+
+    Raises:
+        TokenFidelityError: they differ in length, or a position is neither trained nor masked.
+    """
+    if not len(tokens) == len(masks) == len(logprobs):
+        raise TokenFidelityError(
+            "tokens, masks and logprobs differ in length",
+            expected=f"{len(tokens)} of each",
+            found=f"{len(masks)} masks and {len(logprobs)} logprobs",
+        )
+    spans = []
+    end = 0
+    for masked, run in itertools.groupby(masks, key=MASK.__eq__):
+        start, end = end, end + sum(1 for _ in run)
+        position = next(_misfits(tokens, masks, logprobs, range(start, end), masked=masked), None)
+        if position is not None:
+            raise TokenFidelityError(
+                f"position {position} is neither trained nor masked",
+                position=position,
+                expected="(token, token, finite logprob <= 0) or (token, -100, 1.0)",
+                found=(tokens[position], masks[position], logprobs[position]),
             )
-            for sequence in trajectory.sequences
-        ]
+        if not masked:
+            spans.append(Span(start, end, logprobs[start:end]))
+    return spans
+
+
+def _misfits(
+    tokens: Sequence[int], masks: Sequence[int], logprobs: Sequence[float], positions: range, *, masked: bool
+) -> Iterator[int]:
+    for position in positions:
+        token, logprob = tokens[position], logprobs[position]
+        if type(token) is not int or not (
+            token != MASK and logprob == PROMPT_LOGPROB
+            if masked
+            else masks[position] == token >= 0 and type(logprob) is float and -math.inf < logprob <= 0
+        ):
+            yield position
+
+
+def sequence_node(sequence: SequenceData) -> SequenceNode:
+    """The sequence as an atroposlib ``SequenceNode``, with lists of its own."""
+    from atroposlib.envs.server_handling.managed_server import SequenceNode
+
+    # Not validated: the lists are what they should be, and checking them takes longer than all else.
+    return SequenceNode.model_construct(
+        full_text=sequence.full_text,
+        tokens=list(sequence.tokens),
+        masked_tokens=list(sequence.masked_tokens),
+        logprobs=list(sequence.logprobs),
+        metadata=dict(sequence.metadata),
+    )
+
+
+class ManagedState(Mapping[str, "list[SequenceNode]"]):
+    """What atroposlib's managed server calls its state: ``{"nodes": [...]}``, a node for each sequence.
+
+    The nodes are made when they are first read.
+    """
+
+    def __init__(self, sequences: Sequence[SequenceData]) -> None:
+        self._sequences = sequences
+
+    @functools.cached_property
+    def _nodes(self) -> list[SequenceNode]:
+        return [sequence_node(sequence) for sequence in self._sequences]
+
+    def __getitem__(self, key: str) -> list[SequenceNode]:
+        if key != "nodes":
+            raise KeyError(key)
+        return self._nodes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("nodes",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+def scored_items(result: AgentResult, score: float, *, include_discarded: bool = False) -> list[dict[str, Any]]:
+    """One atroposlib ``ScoredDataItem`` for each sequence of a rollout; empty where nothing was sampled.
+
+    ``BaseEnv.collect_trajectory`` can return one item only, and the default ``collect_trajectories`` drops
+    ``inference_logprobs``; override ``collect_trajectories`` and return ``scored_group`` to keep both.
+
+    Args:
+        result: the rollout.
+        score: of the whole rollout; each of its sequences carries it.
+        include_discarded: train also on what the harness threw away.
+
+    Returns:
+        dicts with ``tokens``, ``masks``, ``inference_logprobs`` (each ``[seq_len]``), ``scores``, ``messages``,
+        ``overrides`` (the temperature, which the trainer divides its logits by), and ``advantages``
+        (``[seq_len]``, or None if no step has a reward): for a sampled token its step's reward, or the score if
+        that step has none; 0.0 elsewhere. No baseline is subtracted: that takes the whole group.
+
+    Raises:
+        UntrackedError: the rollout has no token ids, or must not be trained on.
+        ConfigurationError: the score or a step's reward is not finite.
+    """
+    if not result.tracked:
+        raise UntrackedError(
+            "this rollout ran on a server without token ids: it has messages for evaluation and SFT, but no tokens "
+            "to train on. Use a server that tracks tokens (vLLM, SGLang, or any APIServer with a token call)"
+        )
+    if result.untrainable:
+        raise UntrackedError(f"this rollout must not be trained on: {result.untrainable}")
+    if not math.isfinite(score):
+        raise ConfigurationError(f"a score must be a finite number, not {score!r}")
+    score = float(score)
+    temperature = result.sampling.get("temperature")
+    messages = [{**message, "content": message.get("content") or ""} for message in result.to_messages()]
+    return [
+        {
+            "tokens": list(sequence.tokens),
+            "masks": list(sequence.masked_tokens),
+            "scores": score,
+            "advantages": _advantages(result, sequence, score),
+            "ref_logprobs": None,
+            "inference_logprobs": list(sequence.logprobs),
+            "messages": messages,
+            "group_overrides": None,
+            "overrides": {} if temperature is None else {"temperature": temperature},
+            "images": None,
+        }
+        for sequence in ((include_discarded and result.all_sequences) or result.sequences)
+    ]
+
+
+def scored_group(
+    results: Sequence[AgentResult], scores: Sequence[float], *, include_discarded: bool = False
+) -> dict[str, Any]:
+    """The rollouts of one item as an atroposlib ``ScoredDataGroup``: what ``collect_trajectories`` returns.
+
+    A rollout whose history was rewritten adds several sequences, and one that sampled nothing adds none. So the group's
+    own size stands in ``group_overrides["group_size"]``: ``BaseEnv`` skips a group of another size than the configured
+    one. It also skips a group whose scores are all the same (``ensure_scores_are_not_same``).
+
+    Args:
+        results: the rollouts.
+        scores: one for each rollout.
+        include_discarded: train also on what the harness threw away.
+
+    Returns:
+        ``tokens``, ``masks``, ``inference_logprobs``: ``[n_sequences][seq_len]``; ``scores``, ``messages``,
+        ``overrides``: ``[n_sequences]``; ``advantages``: ``[n_sequences][seq_len]``, or None if no step has a reward;
+        ``generation_params``; ``group_overrides``.
+
+    Raises:
+        UntrackedError: a rollout has no token ids or must not be trained on, or none of them sampled anything.
+        ConfigurationError: a score or a reward is not finite, or there is not one score for each rollout.
+    """
+    if len(results) != len(scores):
+        raise ConfigurationError(f"{len(results)} rollouts need as many scores, not {len(scores)}")
+    items = []
+    for result, score in zip(results, scores, strict=True):
+        of_rollout = scored_items(result, score, include_discarded=include_discarded)
+        if not of_rollout:
+            logger.warning("a rollout that sampled nothing is left out of its group: %s", result.error)
+        items += of_rollout
+    if not items:
+        errors = "; ".join(sorted({result.error or result.stop_reason for result in results})) or "no rollouts"
+        raise UntrackedError(f"nothing was sampled, so there is nothing to train on ({errors})")
+    group: dict[str, Any] = {
+        key: [item[key] for item in items]
+        for key in ("tokens", "masks", "scores", "inference_logprobs", "messages", "overrides")
     }
+    rewarded = any(item["advantages"] for item in items)
+    return group | {
+        "advantages": [item["advantages"] or _constant(item["masks"], item["scores"]) for item in items]
+        if rewarded
+        else None,
+        "ref_logprobs": None,
+        "generation_params": plain(results[0].sampling),
+        "group_overrides": {"group_size": len(items)},
+        "images": None,
+    }
+
+
+def _advantages(result: AgentResult, sequence: SequenceData, score: float) -> list[float] | None:
+    rewards: dict[str, float] = {}
+    if all(step.reward is None for step in result.steps):
+        return None
+    for step in result.steps:
+        if step.reward is not None:
+            if not is_number(step.reward):
+                raise ConfigurationError(
+                    f"step {step.step_number} has the reward {step.reward!r}: give a finite number"
+                )
+            rewards |= dict.fromkeys(step.turns, float(step.reward))
+    advantages = _constant(sequence.masked_tokens, score)
+    for turn in sequence.metadata.get("turns", ()):
+        if turn["ref"] in rewards:
+            for position in range(turn["start"], turn["end"]):
+                if sequence.masked_tokens[position] != MASK:
+                    advantages[position] = rewards[turn["ref"]]
+    return advantages
+
+
+def _constant(masks: Sequence[int], score: float) -> list[float]:
+    return [0.0 if mask == MASK else score for mask in masks]

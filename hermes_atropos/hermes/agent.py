@@ -34,8 +34,8 @@ from hermes_atropos.hermes.rollout import Rollout, interrupting_first
 from hermes_atropos.hermes.terminal import Sandbox
 from hermes_atropos.hermes.tools import check_toolsets
 from hermes_atropos.runtime import check_not_on, home_loop, portal_loop, run_in_rollout_thread, run_to_end, turnstile
-from hermes_atropos.settings import is_number
 from hermes_atropos.trajectory import AgentResult, StopReason
+from hermes_atropos.values import is_number
 
 __all__ = ["AtroposAIAgent", "Task"]
 

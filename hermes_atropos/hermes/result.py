@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion
 
 from hermes_atropos.backends import ModelTurn
 from hermes_atropos.conversation import Conversation, stop_reason_of
-from hermes_atropos.exports.atropos import managed_state
+from hermes_atropos.exports.atropos import ManagedState
 from hermes_atropos.hermes.rollout import Rollout
 from hermes_atropos.trajectory import StopReason
 
@@ -69,7 +69,7 @@ def finished(
         "error": trajectory.error,
         "messages": without,
         "trajectory": trajectory,
-        "managed_state": managed_state(trajectory),
+        "managed_state": ManagedState(trajectory.sequences),
         "stop_reason": reason,
         "system_prompt": system_prompt,
         "task_id": task_id,

@@ -1,0 +1,181 @@
+"""A rollout as one line of JSON in a file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from importlib import metadata as distributions
+from pathlib import Path
+from typing import Any
+
+from hermes_atropos.errors import HermesAtroposError, RecordError
+from hermes_atropos.tokens import BreakCause, FidelityReport
+from hermes_atropos.toolcalls import ToolCall
+from hermes_atropos.trajectory.result import AgentResult, AgentStep, StopReason, ToolResult
+from hermes_atropos.trajectory.sequence import SequenceData
+from hermes_atropos.values import SURROGATE, plain
+
+__all__ = ["RECORD_VERSION", "package_versions", "read_record", "read_records", "write_record"]
+
+#: Raised by one whenever a record of the former version can no longer be read.
+RECORD_VERSION = 1
+RECORD_FORMAT = "hermes-atropos/rollout"
+
+
+def write_record(result: AgentResult, path: str | Path, *, append: bool = False) -> None:
+    """Write a rollout as one line of JSON. The same result makes the same bytes, also after it was read back.
+
+    Values of ``metadata`` that JSON cannot hold are written as their text.
+
+    Args:
+        result: what to write; ``packages`` is filled in where it is empty.
+        path: the file, ``.jsonl`` by custom; missing folders are made.
+        append: add a line to the file instead of replacing it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab" if append else "wb", buffering=0) as file:
+        file.write(_line(result))
+
+
+def read_record(path: str | Path) -> AgentResult:
+    """Read the one rollout of a file.
+
+    Raises:
+        RecordError: the record is truncated, damaged or of another version, or the file holds none or several.
+    """
+    records = read_records(path)
+    result = next(records, None)
+    if result is None:
+        raise RecordError(f"{path} is empty: the rollout was never written; run it again")
+    if next(records, None) is not None:
+        raise RecordError(f"{path} holds several records: use read_records")
+    return result
+
+
+def read_records(path: str | Path) -> Iterator[AgentResult]:
+    """Read the rollouts of a file one after the other.
+
+    Raises:
+        RecordError: the file cannot be read, or a record is truncated, damaged or of another version.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield _result(line, f"{path}, line {number}")
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error}") from error
+
+
+def _line(result: AgentResult) -> bytes:
+    places = {id(sequence): place for place, sequence in enumerate(result.sequences)}
+
+    def written(sequence: SequenceData | None) -> int | dict[str, Any] | None:
+        """Steps share the rollout's sequences, so that a sequence's place is enough."""
+        return None if sequence is None else places.get(id(sequence), sequence.as_dict())
+
+    rollout = _fields(result) | {
+        "packages": result.packages or package_versions(),
+        "steps": [_fields(step) | {"sequence_data": written(step.sequence_data)} for step in result.steps],
+        "sequences": [sequence.as_dict() for sequence in result.sequences],
+        "all_sequences": [sequence.as_dict() for sequence in result.all_sequences],
+    }
+    text = json.dumps(
+        {"format": RECORD_FORMAT, "version": RECORD_VERSION, "rollout": plain(rollout)},
+        ensure_ascii=False,
+        allow_nan=False,
+        sort_keys=True,
+        separators=(",", ":"),
+    )
+    return SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode() + b"\n"
+
+
+def _fields(value: AgentResult | AgentStep) -> dict[str, Any]:
+    return {entry.name: getattr(value, entry.name) for entry in fields(value)}
+
+
+def _written_by(record: dict[str, Any]) -> Any:
+    rollout = record.get("rollout")
+    return rollout.get("packages") if isinstance(rollout, dict) else "it does not say which"
+
+
+def _result(line: bytes, where: str) -> AgentResult:
+    if not line.endswith(b"\n"):
+        raise RecordError(f"{where}: the record is truncated (it lacks its end): the writer was cut off; run it again")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{where}: the record is damaged and is not JSON ({error}); remove this line") from error
+    if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
+        raise RecordError(f"{where}: this is not a record of a rollout; pass what write_record wrote")
+    if record.get("version") != RECORD_VERSION:
+        raise RecordError(
+            f"{where}: the record is of version {record.get('version')!r}, and this release reads {RECORD_VERSION}; "
+            f"read it with the release of hermes-atropos that wrote it: {_written_by(record)}"
+        )
+    try:
+        rollout = record["rollout"]
+        if not all(isinstance(message["role"], str) for message in rollout["messages"]):
+            raise TypeError("a message has no role")
+        sequences = [_whole_sequence(sequence) for sequence in rollout["sequences"]]
+        steps = [
+            AgentStep(
+                **step
+                | {
+                    "tool_calls": [ToolCall.model_validate(call) for call in step["tool_calls"]],
+                    "tool_results": [ToolResult(**answer) for answer in step["tool_results"]],
+                    "sequence_data": _sequence(step["sequence_data"], sequences),
+                }
+            )
+            for step in rollout["steps"]
+        ]
+        return AgentResult(
+            **rollout
+            | {
+                "steps": steps,
+                "sequences": sequences,
+                "all_sequences": [_whole_sequence(sequence) for sequence in rollout["all_sequences"]],
+                "stop_reason": StopReason(rollout["stop_reason"]),
+                "fidelity": _fidelity(rollout["fidelity"]),
+            }
+        )
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError, HermesAtroposError) as error:
+        raise RecordError(f"{where}: the record is damaged ({error}); remove this line") from error
+
+
+def _sequence(written: Any, sequences: Sequence[SequenceData]) -> SequenceData | None:
+    if isinstance(written, int):
+        if written < 0:
+            raise IndexError(f"there is no sequence {written}")
+        return sequences[written]
+    return None if written is None else _whole_sequence(written)
+
+
+def _whole_sequence(written: dict[str, Any]) -> SequenceData:
+    sequence = SequenceData(**written)
+    for turn in written["metadata"].get("turns", ()):
+        if not (isinstance(turn["ref"], str) and 0 <= turn["start"] <= turn["end"] <= len(sequence)):
+            raise ValueError(f"a sequence of {len(sequence)} tokens has no turn {turn}")
+    return sequence
+
+
+def _fidelity(written: dict[str, Any] | None) -> FidelityReport | None:
+    if written is None:
+        return None
+    breaks = {BreakCause(cause): count for cause, count in written["breaks"].items()}
+    return FidelityReport(**written | {"breaks": breaks})
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Versions of what makes a rollout what it is, without importing any of it."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in ("hermes-atropos", "hermes-agent", "atroposlib", "renderers", "transformers"):
+        try:
+            versions[name] = distributions.version(name)
+        except distributions.PackageNotFoundError:
+            continue
+    return versions
