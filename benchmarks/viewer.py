@@ -125,7 +125,7 @@ def rollout(count: int) -> AgentResult:
         text = f"<think>{prose(24)}</think>{prose(24)}\n{tool_call('terminal', command=prose(36))}"
         ref, step = ask(messages, new, text)
         steps.append(step)
-        length = len(ledger.prompt_ids(ledger.turn(ref)))
+        length = len(ledger.ids(ledger.turn(ref)))
         content = prose(60)
         if length > count / 2:
             content, needle = f"{content} {needle}", ""

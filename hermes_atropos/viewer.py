@@ -33,7 +33,7 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069
 
 
 class CallView(TypedDict):
-    """A tool call: ``arguments`` are (name, text) pairs, or one pair without a name where they are no JSON object."""
+    """A tool call: ``arguments`` are (name, text) pairs, or one pair without a name if they are not a JSON object."""
 
     name: str
     arguments: list[tuple[str, str]]
@@ -335,17 +335,7 @@ def _runs(
     def read_until(place: int) -> None:
         if end < place:
             label = f"read: {place - end:,} tokens"
-            runs.append(
-                {
-                    "start": end,
-                    "end": place,
-                    "turn": None,
-                    "message": None,
-                    "label": label,
-                    "discarded": False,
-                    "text": "",
-                }
-            )
+            runs.append(RunView(start=end, end=place, turn=None, message=None, label=label, discarded=False, text=""))
 
     for turn in _turns(sequence):
         read_until(turn["start"])
@@ -359,17 +349,9 @@ def _runs(
         elif start < end and not shown:
             facts.append("trained in another sequence")
         ref = turn["ref"] or ""
-        runs.append(
-            {
-                "start": start,
-                "end": end,
-                "turn": ref,
-                "message": places.get(ref),
-                "label": " · ".join(filter(None, facts)),
-                "discarded": _thrown_away(turn),
-                "text": spoken.get(ref, ""),
-            }
-        )
+        label, text = " · ".join(filter(None, facts)), spoken.get(ref, "")
+        message, lost = places.get(ref), _thrown_away(turn)
+        runs.append(RunView(start=start, end=end, turn=ref, message=message, label=label, discarded=lost, text=text))
     read_until(len(sequence))
     return runs
 

@@ -80,7 +80,7 @@ def test_a_continued_turn_is_its_very_tokens_and_what_was_appended() -> None:
         *model.tokens([user("two")]),
         *model.requests[1][1],
     ]
-    assert sequence.tokens == model.requests[1][0] + model.requests[1][1] == model.ledger.prompt_ids(second)
+    assert sequence.tokens == model.requests[1][0] + model.requests[1][1] == model.ledger.ids(second)
     assert sequence.turns == [first.ref, second.ref]
     masks, sampled = atropos.masks(sequence), atropos.logprobs(sequence)
     for span, (_, output_ids, logprobs) in zip(sequence.spans, model.requests, strict=True):
@@ -352,7 +352,7 @@ def test_the_rounding_of_a_certain_token_is_no_violation() -> None:
 def test_a_list_that_was_handed_out_and_cut_or_lengthened_does_no_harm(alter: Callable[[list[int]], Any]) -> None:
     model = Model()
     first = model.ask([user("one")])
-    alter(model.ledger.prompt_ids(first))
+    alter(model.ledger.ids(first))
     alter(model.ledger.ids(first.prompt))
     model.ask([user("one"), answer(first), user("two")])
     appended = [7, *model.tokens([user("two")])]
@@ -462,7 +462,7 @@ def assert_trained_once(model: Model) -> None:
     turns = model.ledger.turns
     assert len(turns) == len(model.requests)
     for turn, (prompt_ids, output_ids, _) in zip(turns, model.requests, strict=True):
-        assert model.ledger.prompt_ids(turn) == prompt_ids + output_ids
+        assert model.ledger.ids(turn) == prompt_ids + output_ids
     trained: dict[str, int] = {}
     for sequence in model.ledger.sequences():
         prompt_ids, output_ids, _ = model.requests[model.ledger.turn(sequence.turns[-1]).number]

@@ -72,34 +72,25 @@ def from_masks(tokens: Sequence[int], masks: Sequence[int], logprobs: Sequence[f
             expected=f"{len(tokens)} of each",
             found=f"{len(masks)} masks and {len(logprobs)} logprobs",
         )
-    spans = []
-    end = 0
-    for masked, run in itertools.groupby(masks, key=MASK.__eq__):
-        start, end = end, end + sum(1 for _ in run)
-        position = next(_misfits(tokens, masks, logprobs, range(start, end), masked=masked), None)
-        if position is not None:
+    for position, (token, mask, logprob) in enumerate(zip(tokens, masks, logprobs, strict=True)):
+        if mask == MASK:
+            fits = token != MASK and logprob == PROMPT_LOGPROB
+        else:
+            fits = mask == token >= 0 and type(logprob) is float and -math.inf < logprob <= 0
+        if type(token) is not int or not fits:
             raise TokenFidelityError(
                 f"position {position} is neither trained nor masked",
                 position=position,
                 expected="(token, token, finite logprob <= 0) or (token, -100, 1.0)",
-                found=(tokens[position], masks[position], logprobs[position]),
+                found=(token, mask, logprob),
             )
-        if not masked:
+    spans = []
+    end = 0
+    for mask, run in itertools.groupby(masks, key=MASK.__eq__):
+        start, end = end, end + sum(1 for _ in run)
+        if not mask:
             spans.append(Span(start, end, logprobs[start:end]))
     return spans
-
-
-def _misfits(
-    tokens: Sequence[int], masks: Sequence[int], logprobs: Sequence[float], positions: range, *, masked: bool
-) -> Iterator[int]:
-    for position in positions:
-        token, logprob = tokens[position], logprobs[position]
-        if type(token) is not int or not (
-            token != MASK and logprob == PROMPT_LOGPROB
-            if masked
-            else masks[position] == token >= 0 and type(logprob) is float and -math.inf < logprob <= 0
-        ):
-            yield position
 
 
 def sequence_node(sequence: SequenceData) -> SequenceNode:
@@ -242,9 +233,9 @@ def scored_group(
 
 
 def _advantages(result: AgentResult, sequence: SequenceData, score: float) -> list[float] | None:
-    rewards: dict[str, float] = {}
     if all(step.reward is None for step in result.steps):
         return None
+    rewards: dict[str, float] = {}
     for step in result.steps:
         if step.reward is not None:
             if not is_number(step.reward):

@@ -188,9 +188,9 @@ class Ledger:
         self._prompts.setdefault(match.turn, []).append(prompt)
         return prompt
 
-    def ids(self, prompt: Prompt) -> list[int]:
-        """The whole prompt, [prompt.length] int, in a list of the caller's own."""
-        return stream_ids(prompt)
+    def ids(self, goal: Prompt | Turn) -> list[int]:
+        """The whole prompt, or the stream through a turn's output, [n] int, in a list of the caller's own."""
+        return stream_ids(goal)
 
     def tail(self, prompt: Prompt, count: int) -> list[int]:
         """The last ids of what the prompt adds to its parent's stream, ``count`` of them if it has so many."""
@@ -200,10 +200,6 @@ class Ledger:
             if len(ids) >= count:
                 break
         return list(ids[-count:])
-
-    def prompt_ids(self, turn: Turn) -> list[int]:
-        """The stream through that turn's output, in a list of the caller's own."""
-        return stream_ids(turn)
 
     def record(
         self,
@@ -270,11 +266,11 @@ class Ledger:
 
         What is recorded later does not change them.
         """
-        return streams.sequences(self.turns, include_discarded)
+        return [Sequence(path, trained) for path, trained in streams.paths_of(self.turns, include_discarded)]
 
     def turn_sequences(self, include_discarded: bool = False) -> list[Sequence]:
         """One stream for each turn, up to its end, trained on that turn's tokens alone."""
-        return streams.turn_sequences(self.turns, include_discarded)
+        return [Sequence(streams.path_to(turn), {turn}) for turn in streams.wanted(self.turns, include_discarded)]
 
     def report(self) -> FidelityReport:
         """What became of the tokens, as ``sequences()`` would hand them out."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from hermes_atropos.tokens.turns import BreakCause, Prompt, Turn, stream_ids
 
-__all__ = ["FidelityReport", "Sequence", "Span", "report", "sequences", "turn_sequences"]
+__all__ = ["FidelityReport", "Sequence", "Span", "path_to", "paths_of", "report", "wanted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,19 +116,9 @@ class FidelityReport:
         )
 
 
-def sequences(turns: SequenceOf[Turn], include_discarded: bool) -> list[Sequence]:
-    """See ``Ledger.sequences``."""
-    return [Sequence(path, trained) for path, trained in _paths(turns, include_discarded)]
-
-
-def turn_sequences(turns: SequenceOf[Turn], include_discarded: bool) -> list[Sequence]:
-    """See ``Ledger.turn_sequences``."""
-    return [Sequence(_path(turn), {turn}) for turn in _wanted(turns, include_discarded)]
-
-
 def report(turns: SequenceOf[Turn]) -> FidelityReport:
     """See ``Ledger.report``."""
-    paths = _paths(turns, include_discarded=False)
+    paths = paths_of(turns)
     breaks: dict[BreakCause, int] = {}
     asked: set[Prompt] = set()
     for path, trained in paths:
@@ -157,18 +147,18 @@ def report(turns: SequenceOf[Turn]) -> FidelityReport:
     )
 
 
-def _paths(turns: SequenceOf[Turn], include_discarded: bool) -> list[tuple[list[Turn], set[Turn]]]:
+def paths_of(turns: SequenceOf[Turn], include_discarded: bool = False) -> list[tuple[list[Turn], set[Turn]]]:
     """The streams as lists of turns, each with the turns that are trained there."""
-    wanted = _wanted(turns, include_discarded)
+    kept = wanted(turns, include_discarded)
     continued = set()
-    for turn in wanted:
+    for turn in kept:
         before = turn.before
         while before is not None and before not in continued:
             continued.add(before)
             before = before.before
-    paths = [_path(turn) for turn in wanted if turn not in continued]
+    paths = [path_to(turn) for turn in kept if turn not in continued]
     paths.sort(key=lambda path: [turn.number for turn in path])
-    open_turns = set(wanted)
+    open_turns = set(kept)
     shared = []
     for path in paths:
         trained = open_turns.intersection(path)
@@ -177,12 +167,12 @@ def _paths(turns: SequenceOf[Turn], include_discarded: bool) -> list[tuple[list[
     return shared
 
 
-def _wanted(turns: SequenceOf[Turn], include_discarded: bool) -> list[Turn]:
+def wanted(turns: SequenceOf[Turn], include_discarded: bool) -> list[Turn]:
     """The turns to train; those without a token have nothing to teach."""
     return [turn for turn in turns if turn.output_ids and (include_discarded or turn.discarded is None)]
 
 
-def _path(turn: Turn) -> list[Turn]:
+def path_to(turn: Turn) -> list[Turn]:
     """The turns of its stream, up to it."""
     path = [turn]
     while (before := path[-1].before) is not None:
