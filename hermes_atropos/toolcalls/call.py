@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -72,9 +72,10 @@ class ToolCall(BaseModel):
     @classmethod
     def parse_from_text(cls, text: str) -> list[ToolCall]:
         """Every call in a model's answer, in Hermes' format; ``parse_text`` knows the others. Never raises."""
-        from hermes_atropos.toolcalls.formats import parse_text
+        return cls.read_text(text).calls
 
-        return parse_text(text).calls
+    #: Reads a whole answer in Hermes' format. The formats, which stand above this module, set it.
+    read_text: ClassVar[Callable[[str], ParsedText]]
 
     def to_openai(self) -> dict[str, Any]:
         """The call as it stands in an OpenAI message: id, type, and a function with its arguments as JSON text."""

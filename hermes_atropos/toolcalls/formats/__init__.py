@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hermes_atropos.messages import Tool
-from hermes_atropos.toolcalls.call import ParsedText, encodable
+from hermes_atropos.toolcalls.call import ParsedText, ToolCall, encodable
 from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
 from hermes_atropos.toolcalls.formats.format import FORMATS, Format, format_named, format_of, register
 from hermes_atropos.toolcalls.formats.json_block import block_end, read_json
@@ -67,3 +67,6 @@ def parse_text(
     """
     known = format_named(format)
     return known.parse(Scan(encodable(text), known.name, tools), thinking_open)
+
+
+ToolCall.read_text = parse_text
