@@ -41,7 +41,7 @@ class Model(ScriptedServer):
 
 class Sums(BaseEnv):
     name = "sums"
-    server_cls = Model  # to train, say StockVLLMServer of hermes_atropos.servers.http
+    server_cls = Model  # to train, say StockVLLMServer of hermes_atropos.servers
 
     @classmethod
     def config_init(cls) -> tuple[BaseEnvConfig, list[APIServerConfig]]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import check_tokens, check_unbroken, tool_turn, user_turn
 
-from hermes_atropos.backends.chat import UntrackedBackend
+from hermes_atropos.backends.chat import ChatBackend
 from hermes_atropos.backends.tracked import TrackedBackend
 from hermes_atropos.conversation import Conversation
 from hermes_atropos.errors import BackendError, BackendTimeoutError, ToolCallRetriesError
@@ -334,7 +334,7 @@ class TestLogging:
 class TestWithoutTokens:
     async def test_the_same_conversation(self) -> None:
         server = ScriptedServer([BROKEN, VALID + UNKNOWN, "Three."])
-        conversation = Conversation(UntrackedBackend(server, native_tools=False))
+        conversation = Conversation(ChatBackend(server, native_tools=False))
         messages = conversation.expand(await harness(conversation))
         roles = ["user", "assistant", "tool", "assistant", "tool", "tool", "assistant"]
         assert [message["role"] for message in messages] == roles

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from wire import MODEL, AtroposVLLMWire, OpenAIWire, SGLangWire, VLLMWire, WebsiteWire, Wire
 
-from hermes_atropos.backends.chat import UntrackedBackend
+from hermes_atropos.backends.chat import ChatBackend
 from hermes_atropos.backends.managed import ExactManagedServer
 from hermes_atropos.backends.resolve import resolve
 from hermes_atropos.backends.tracked import TrackedBackend
@@ -33,7 +33,7 @@ from hermes_atropos.errors import (
     UntrackedError,
 )
 from hermes_atropos.exports import atropos
-from hermes_atropos.servers.http import (
+from hermes_atropos.servers import (
     AtroposVLLMServer,
     OpenAIEndpoint,
     StockSGLangServer,
@@ -140,7 +140,7 @@ def test_arguments_of_the_tracked_backend_are_handed_on() -> None:
 )
 def test_a_server_without_tokens_is_not_tracked_and_needs_no_variable(server: Any) -> None:
     backend = resolve(server, tokenizer=chatml_tokenizer(), context_length=77)
-    assert isinstance(backend, UntrackedBackend)
+    assert isinstance(backend, ChatBackend)
     assert not backend.tracks_tokens
 
 
@@ -159,7 +159,7 @@ def test_trls_server_forgets_tools_so_they_go_into_the_prompt() -> None:
     server = TrlVllmServer.__new__(TrlVllmServer)
     server.config = APIServerConfig(base_url="http://x")
     backend = resolve(server)
-    assert isinstance(backend, UntrackedBackend)
+    assert isinstance(backend, ChatBackend)
     assert backend.native_tools is False
 
 
@@ -182,7 +182,7 @@ def test_no_server_says_what_to_pass() -> None:
 
 @pytest.mark.parametrize("server", [object(), "http://localhost:8000/v1", 7, SimpleNamespace(servers=[object()])])
 def test_what_is_no_server_says_what_to_pass(server: Any) -> None:
-    with pytest.raises(UnsupportedServerError, match=r"is no atroposlib server: pass .*base_url="):
+    with pytest.raises(UnsupportedServerError, match=r"is not an atroposlib server: pass .*base_url="):
         resolve(server)
 
 
@@ -199,7 +199,7 @@ async def test_bypass_calls_the_endpoint_directly(monkeypatch: pytest.MonkeyPatc
 
 
 def test_bypass_needs_an_address() -> None:
-    with pytest.raises(UnsupportedServerError, match="is no address of a server"):
+    with pytest.raises(UnsupportedServerError, match="is not a server's address"):
         resolve(ScriptedServer([]), settings=Settings(bypass_managed_server=True))
 
 
@@ -287,7 +287,7 @@ async def test_a_url_where_something_else_answers() -> None:
     with WebsiteWire() as wired:
         found = await probe(wired.url)
     assert isinstance(found.problem, NoServerError)
-    assert "is no inference server: correct base_url" in str(found)
+    assert "is not an inference server: correct base_url" in str(found)
 
 
 async def test_a_url_where_nobody_answers() -> None:

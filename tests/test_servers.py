@@ -29,15 +29,15 @@ from hermes_atropos.errors import (
 )
 from hermes_atropos.exports import atropos
 from hermes_atropos.messages import TURN_KEY
-from hermes_atropos.servers.http import (
+from hermes_atropos.servers import (
     AtroposVLLMServer,
     OpenAIEndpoint,
     StockSGLangServer,
     StockVLLMServer,
     TokenServer,
     VLLMGenerateServer,
-    response_error,
 )
+from hermes_atropos.servers.failures import response_error
 
 PROTOCOLS: dict[str, tuple[type[TokenServer], Callable[..., Wire]]] = {
     "vllm": (StockVLLMServer, VLLMWire),

@@ -13,7 +13,7 @@ from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 from atroposlib.envs.server_handling.server_manager import ReasoningConfig, ServerManager
 from wire import MODEL, OpenAIWire
 
-from hermes_atropos.backends.chat import UntrackedBackend
+from hermes_atropos.backends.chat import ChatBackend
 from hermes_atropos.errors import (
     BackendConnectionError,
     BackendError,
@@ -23,7 +23,7 @@ from hermes_atropos.errors import (
     NoServerError,
 )
 from hermes_atropos.messages import TURN_KEY
-from hermes_atropos.servers.http import OpenAIEndpoint
+from hermes_atropos.servers import OpenAIEndpoint
 from hermes_atropos.testing import Reply, ScriptedServer, tool_call
 from hermes_atropos.toolcalls import ParseStatus
 
@@ -52,13 +52,13 @@ def wired() -> Iterator[OpenAIWire]:
 
 
 @pytest.fixture(params=["manager", "openai", "endpoint"])
-def backend(request: pytest.FixtureRequest, wired: OpenAIWire) -> UntrackedBackend:
+def backend(request: pytest.FixtureRequest, wired: OpenAIWire) -> ChatBackend:
     match request.param:
         case "manager":
-            return UntrackedBackend(ServerManager([config(wired)]))
+            return ChatBackend(ServerManager([config(wired)]))
         case "openai":
-            return UntrackedBackend(OpenAIServer(config(wired)))
-    return UntrackedBackend(OpenAIEndpoint(config(wired)))
+            return ChatBackend(OpenAIServer(config(wired)))
+    return ChatBackend(OpenAIEndpoint(config(wired)))
 
 
 def body(wired: wire.Wire) -> Any:
@@ -67,13 +67,13 @@ def body(wired: wire.Wire) -> Any:
 
 async def answer_with(message: dict[str, Any], tools: Any = TOOLS) -> Any:
     with OpenAIWire(message={"role": "assistant", **message}) as wired:
-        return await UntrackedBackend(OpenAIServer(config(wired))).sample(ASK, tools)
+        return await ChatBackend(OpenAIServer(config(wired))).sample(ASK, tools)
 
 
 # What is asked, and what comes back
 
 
-async def test_an_answer_without_tokens(backend: UntrackedBackend, wired: OpenAIWire) -> None:
+async def test_an_answer_without_tokens(backend: ChatBackend, wired: OpenAIWire) -> None:
     turn = await backend.sample(ASK, temperature=0.2, max_tokens=50)
     assert (turn.content, turn.raw, turn.finish_reason) == ("There are three.", "There are three.", "stop")
     assert (turn.prompt_tokens, turn.completion_tokens) == (11, 7)
@@ -82,13 +82,13 @@ async def test_an_answer_without_tokens(backend: UntrackedBackend, wired: OpenAI
     assert body(wired) == {"model": MODEL, "messages": ASK, "temperature": 0.2, "max_tokens": 50}
 
 
-async def test_what_openai_does_not_know_travels_all_the_same(backend: UntrackedBackend, wired: OpenAIWire) -> None:
+async def test_what_openai_does_not_know_travels_all_the_same(backend: ChatBackend, wired: OpenAIWire) -> None:
     await backend.sample(ASK, top_k=20, extra_body={"min_p": 0.1}, split="eval")
     assert {"top_k": 20, "min_p": 0.1}.items() <= body(wired).items()
     assert "split" not in body(wired)
 
 
-async def test_a_harness_own_keys_stay_at_home(backend: UntrackedBackend, wired: OpenAIWire) -> None:
+async def test_a_harness_own_keys_stay_at_home(backend: ChatBackend, wired: OpenAIWire) -> None:
     await backend.sample(
         [
             {"role": "system", "content": "Be brief."},
@@ -129,9 +129,7 @@ async def test_native_calls_with_broken_arguments_are_told_as_such() -> None:
     assert call.status is ParseStatus.INVALID_JSON
 
 
-async def test_an_answer_to_a_call_that_was_none_comes_from_the_user(
-    backend: UntrackedBackend, wired: OpenAIWire
-) -> None:
+async def test_an_answer_to_a_call_that_was_none_comes_from_the_user(backend: ChatBackend, wired: OpenAIWire) -> None:
     """Strict servers refuse a tool's message that answers no call."""
     said = {"role": "assistant", "content": "{bad", "tool_calls": [NATIVE]}
     wrong = {"role": "tool", "tool_call_id": "call_2", "content": "Error: no JSON"}
@@ -197,7 +195,7 @@ async def test_nothing_at_all() -> None:
 
 async def test_a_server_that_refuses_tools_finds_them_in_the_system_prompt(caplog: pytest.LogCaptureFixture) -> None:
     with OpenAIWire(reply=tool_call("terminal", command="ls"), takes_tools=False) as wired:
-        backend = UntrackedBackend(OpenAIServer(config(wired)))
+        backend = ChatBackend(OpenAIServer(config(wired)))
         messages = [{"role": "system", "content": "Be brief."}, *ASK]
         [call] = (await backend.sample(messages, TOOLS, tool_choice="auto")).calls
         assert len(wired.to("/v1/chat/completions")) == 2
@@ -228,7 +226,7 @@ async def test_a_server_that_refuses_tools_finds_them_in_the_system_prompt(caplo
 
 
 async def test_another_refusal_is_no_reason_to_hide_the_tools(wired: OpenAIWire) -> None:
-    backend = UntrackedBackend(OpenAIServer(config(wired)))
+    backend = ChatBackend(OpenAIServer(config(wired)))
     wired.faults = [wire.status(400, "temperature must not be negative")]
     with pytest.raises(BackendResponseError, match="temperature"):
         await backend.sample(ASK, TOOLS)
@@ -241,14 +239,14 @@ async def test_another_refusal_is_no_reason_to_hide_the_tools(wired: OpenAIWire)
 # Failures
 
 
-async def test_a_passing_failure_is_retried(backend: UntrackedBackend, wired: OpenAIWire) -> None:
+async def test_a_passing_failure_is_retried(backend: ChatBackend, wired: OpenAIWire) -> None:
     wired.faults = [wire.status(429, "busy", Retry_After="0"), wire.dropped, wire.status(503, "starting")]
     assert (await backend.sample(ASK)).content == "There are three."
     assert len(wired.to("/v1/chat/completions")) == 4
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 422])
-async def test_a_refusal_is_not(backend: UntrackedBackend, wired: OpenAIWire, code: int) -> None:
+async def test_a_refusal_is_not(backend: ChatBackend, wired: OpenAIWire, code: int) -> None:
     wired.faults = [wire.status(code, '{"error": "no"}')]
     with pytest.raises(BackendResponseError, match=f"answered {code}") as failure:
         await backend.sample(ASK)
@@ -258,7 +256,7 @@ async def test_a_refusal_is_not(backend: UntrackedBackend, wired: OpenAIWire, co
 
 
 async def test_retries_end(wired: OpenAIWire) -> None:
-    backend = UntrackedBackend(OpenAIServer(config(wired)))
+    backend = ChatBackend(OpenAIServer(config(wired)))
     wired.faults = [wire.status(500, "CUDA on fire", Retry_After="0")] * 100
     with pytest.raises(BackendResponseError, match="CUDA on fire") as failure:
         await backend.sample(ASK)
@@ -266,7 +264,7 @@ async def test_retries_end(wired: OpenAIWire) -> None:
     assert asked == failure.value.attempts <= 6, "nobody else retries as well"
 
 
-async def test_an_overlong_prompt_is_told_apart(backend: UntrackedBackend, wired: OpenAIWire) -> None:
+async def test_an_overlong_prompt_is_told_apart(backend: ChatBackend, wired: OpenAIWire) -> None:
     wired.faults = [wire.status(400, "This model's maximum context length is 4096 tokens.")]
     with pytest.raises(ContextLengthError):
         await backend.sample(ASK)
@@ -277,10 +275,10 @@ async def test_a_server_that_hangs(wired: OpenAIWire) -> None:
     server.config.timeout = 0.2
     wired.faults = [wire.hanging] * 100
     with pytest.raises(BackendTimeoutError):
-        await UntrackedBackend(server, patience_s=0.1).sample(ASK)
+        await ChatBackend(server, patience_s=0.1).sample(ASK)
 
 
-async def test_no_message(backend: UntrackedBackend, wired: OpenAIWire) -> None:
+async def test_no_message(backend: ChatBackend, wired: OpenAIWire) -> None:
     wired.faults = [wire.text('{"id": "1", "choices": [{"index": 0}]}')]
     with pytest.raises(BackendResponseError, match="without a message"):
         await backend.sample(ASK)
@@ -290,7 +288,7 @@ async def test_a_dead_server_is_replaced_by_another(wired: OpenAIWire) -> None:
     with wire.nobody() as url:
         dead = config(wired)
         dead.base_url = f"{url}/v1"
-        backend = UntrackedBackend(ServerManager([dead, config(wired)]))
+        backend = ChatBackend(ServerManager([dead, config(wired)]))
         for _ in range(3):
             assert (await backend.sample(ASK)).content == "There are three."
 
@@ -299,10 +297,10 @@ async def test_nobody_at_all() -> None:
     with wire.nobody() as url:
         server = OpenAIServer(APIServerConfig(base_url=f"{url}/v1", model_name=MODEL, api_key="k"))
         with pytest.raises(BackendConnectionError, match="no answer from"):
-            await UntrackedBackend(server, patience_s=0.1).sample(ASK)
+            await ChatBackend(server, patience_s=0.1).sample(ASK)
 
 
-async def test_a_cancelled_call_hangs_up(backend: UntrackedBackend, wired: OpenAIWire) -> None:
+async def test_a_cancelled_call_hangs_up(backend: ChatBackend, wired: OpenAIWire) -> None:
     wired.faults = [wire.hanging]
     call = asyncio.create_task(backend.sample(ASK))
     request = await wired.arrival()
@@ -316,13 +314,13 @@ def test_a_server_manager_without_servers() -> None:
     manager = ServerManager([APIServerConfig(base_url="http://x/v1", api_key="k", health_check=False)])
     manager.servers = []
     with pytest.raises(NoServerError, match="at least one"):
-        UntrackedBackend(manager)
+        ChatBackend(manager)
 
 
 # Loops, slots, statistics
 
 
-def test_one_backend_serves_several_event_loops(backend: UntrackedBackend, wired: OpenAIWire) -> None:
+def test_one_backend_serves_several_event_loops(backend: ChatBackend, wired: OpenAIWire) -> None:
     async def use() -> list[Any]:
         return await asyncio.gather(*(backend.sample(ASK) for _ in range(20)))
 
@@ -331,7 +329,7 @@ def test_one_backend_serves_several_event_loops(backend: UntrackedBackend, wired
 
 
 def test_contention_on_several_event_loops(wired: OpenAIWire) -> None:
-    backend = UntrackedBackend(OpenAIServer(config(wired, num_max_requests_at_once=2)))
+    backend = ChatBackend(OpenAIServer(config(wired, num_max_requests_at_once=2)))
 
     async def use() -> list[Any]:
         return await asyncio.gather(*(backend.sample(ASK) for _ in range(10)))
@@ -355,7 +353,7 @@ async def test_no_more_requests_at_once_than_the_server_has_slots(split: str, sl
     server = ScriptedServer(reply)
     server.sem = type(server.sem)(2)
     server.eval_sem = type(server.eval_sem)(1)
-    backend = UntrackedBackend(server)
+    backend = ChatBackend(server)
     await asyncio.gather(*(backend.sample(ASK, split=split) for _ in range(8)))
     assert most == slots
     assert len(server.request_timings if split == "train" else server.eval_request_timings) == 8
@@ -365,19 +363,19 @@ async def test_the_server_with_the_most_room_is_asked() -> None:
     servers = [ScriptedServer(lambda messages, i=i: Reply(str(i), latency=0.05)) for i in range(3)]
     manager = ServerManager([APIServerConfig(base_url="http://x/v1", api_key="k", health_check=False)])
     manager.servers = servers
-    backend = UntrackedBackend(manager)
+    backend = ChatBackend(manager)
     turns = await asyncio.gather(*(backend.sample(ASK) for _ in range(9)))
     assert sorted(turn.content for turn in turns) == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
 
 
 async def test_atroposlibs_reasoning_config_is_respected(wired: OpenAIWire) -> None:
     manager = ServerManager([config(wired)], reasoning_config=ReasoningConfig(effort="high"))
-    await UntrackedBackend(manager).sample(ASK)
+    await ChatBackend(manager).sample(ASK)
     assert body(wired)["reasoning"] == {"enabled": True, "effort": "high"}
 
 
 async def test_a_script_that_breaks_is_a_backend_error_with_its_cause() -> None:
     cause = RuntimeError("boom")
     with pytest.raises(BackendError, match="boom") as failure:
-        await UntrackedBackend(ScriptedServer([Reply(error=cause)])).sample(ASK)
+        await ChatBackend(ScriptedServer([Reply(error=cause)])).sample(ASK)
     assert failure.value.__cause__ is cause

@@ -11,24 +11,22 @@ import copy
 import functools
 import json
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
-from tenacity import RetryCallState
-
 from hermes_atropos.backends import ModelTurn
-from hermes_atropos.backends.pool import retried, typed
-from hermes_atropos.errors import BackendError, BackendResponseError, NoServerError
-from hermes_atropos.toolcalls import from_openai, parse_text, tool_response, tools_prompt
+from hermes_atropos.backends.pool import Pool
+from hermes_atropos.errors import BackendResponseError
+from hermes_atropos.rendering.dialect import Dialect
+from hermes_atropos.toolcalls import from_openai, parse_text
 
-__all__ = ["UntrackedBackend"]
+__all__ = ["ChatBackend"]
 
 logger = logging.getLogger(__name__)
 
 
-class UntrackedBackend:
+class ChatBackend:
     """Answers through the chat endpoint of an atroposlib server.
 
     Args:
@@ -37,7 +35,6 @@ class UntrackedBackend:
         tool_format: how calls are written in text, for servers that hand over text; ``auto`` is ``hermes``.
         native_tools: whether the server takes ``tools`` and returns ``tool_calls``. None finds out: after the first
             refusal the tools are described in the system prompt, and calls and results travel as text.
-
         patience_s: seconds for which a failing call is retried.
 
     Calls are made through the server's own chat wrapper within its semaphore, past the nested retries of atroposlib and
@@ -53,12 +50,9 @@ class UntrackedBackend:
         self, server: Any, *, tool_format: str = "auto", native_tools: bool | None = None, patience_s: float = 60.0
     ) -> None:
         self.server = server
-        self.servers: list[Any] = list(getattr(server, "servers", [server]))
-        if not self.servers:
-            raise NoServerError("the ServerManager has no servers: give it at least one APIServerConfig")
+        self._pool = Pool(server, patience_s=patience_s, checks_health=False)
         self.tool_format = "hermes" if tool_format == "auto" else tool_format
         self.native_tools = native_tools
-        self.patience_s = patience_s
 
     def fresh(self) -> Self:
         """The same for another rollout: this very backend, as it records nothing."""
@@ -96,31 +90,13 @@ class UntrackedBackend:
         if tools or self.native_tools is False:
             sampling.pop("tool_choice", None)
             sampling.pop("parallel_tool_calls", None)
-            messages = as_text(messages, tools)
+            messages, _ = TEXT_ONLY.prepare(messages, tools)
         return self._turn(await self._ask(clean_messages(messages), sampling), tools)
 
-    async def _ask(self, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
-        """One completion, from the healthy server with the most room; from another, or again, if that one fails."""
-        failed: Any = None
-
-        async def request(number: int) -> Any:
-            nonlocal failed
-            failed = server = max(self.servers, key=lambda s: (s.server_healthy, s is not failed, s.sem._value))
-            try:
-                return await _chat(server, messages, arguments)
-            except BackendError as error:
-                error.attempts = number
-                raise
-
-        return await retried(request, pause=self._pause, patience_s=self.patience_s)
-
-    def _pause(self, state: RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        logger.warning("chat call failed (request %d): %s", state.attempt_number, error)
-        after = getattr(error, "retry_after", None)
-        # Each server is asked once before there is anything to wait for.
-        waits = state.attempt_number - len(self.servers)
-        return float(after) if after is not None else 0.0 if waits < 0 else min(0.1 * 3**waits, 10.0)
+    async def _ask(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> Any:
+        arguments = dict(arguments)
+        split = arguments.pop("split", None) or "train"
+        return await self._pool.call(lambda server: _chat(server, messages, arguments), split=split)
 
     def _turn(self, completion: Any, tools: Sequence[Mapping[str, Any]] | None) -> ModelTurn:
         choices = getattr(completion, "choices", None)
@@ -145,53 +121,37 @@ class UntrackedBackend:
         )
 
 
-async def _chat(server: Any, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
-    """One request through the server's chat wrapper, in its semaphore, with its statistics, and typed errors."""
-    arguments = dict(arguments)
-    evaluates = arguments.pop("split", "train") == "eval"
+async def _chat(server: Any, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> Any:
+    """One request through the server's chat wrapper."""
     known = _openai_parameters()
-    if extra := {key: arguments.pop(key) for key in list(arguments) if key not in known}:
-        arguments["extra_body"] = {**(arguments.get("extra_body") or {}), **extra}
-    arguments |= {"model": server.config.model_name, "messages": messages}
-    arguments = server._inject_reasoning_kwargs(arguments)
-    twin = _on_this_loop(server)
-    async with twin.eval_sem if evaluates else twin.sem:
-        started = time.time()
-        try:
-            completion = await twin._chat_completion_wrapper(**arguments)
-        except Exception as error:
-            raise typed(error, server) from error
-    (server.eval_request_timings if evaluates else server.request_timings).append(time.time() - started)
-    (server.eval_attempts_list if evaluates else server.attempts_list).append(1)
-    return completion
+    request = {key: value for key, value in arguments.items() if key in known}
+    if extra := {key: value for key, value in arguments.items() if key not in known}:
+        request["extra_body"] = {**(request.get("extra_body") or {}), **extra}
+    request |= {"model": server.config.model_name, "messages": messages}
+    request = server._inject_reasoning_kwargs(request)
+    return await _on_this_loop(server)._chat_completion_wrapper(**request)
 
 
 _twins: WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, Any]] = WeakKeyDictionary()
 
 
 def _on_this_loop(server: Any) -> Any:
-    """A copy of the server for the running event loop, whose ``openai`` client does not retry on its own.
+    """The server for the running event loop: a copy, where it has an ``openai`` client, whose own does not retry.
 
-    The first loop's copy shares the server's connections and semaphores. Those belong to that loop; a later loop's has
-    new ones.
+    The first loop's copy shares the server's connections, which belong to that loop; a later loop's has its own.
     """
-    loop = asyncio.get_running_loop()
-    twins = _twins.setdefault(server, WeakKeyDictionary())
-    if loop in twins:
-        return twins[loop]
-    twin = copy.copy(server)
-    http_client = None
-    if twins:
-        twin.sem = type(server.sem)(server.sem.max_val)
-        twin.eval_sem = type(server.eval_sem)(server.eval_sem.max_val)
-    if hasattr(server, "openai"):
-        import openai
+    if not hasattr(server, "openai"):
+        return server
+    import openai
 
-        if twins:
-            http_client = openai.DefaultAsyncHttpxClient(timeout=server.config.timeout)
+    twins = _twins.setdefault(server, WeakKeyDictionary())
+    loop = asyncio.get_running_loop()
+    if loop not in twins:
+        http_client = openai.DefaultAsyncHttpxClient(timeout=server.config.timeout) if twins else None
+        twin = copy.copy(server)
         twin.openai = server.openai.copy(max_retries=0, http_client=http_client)
-    twins[loop] = twin
-    return twin
+        twins[loop] = twin
+    return twins[loop]
 
 
 @functools.cache
@@ -264,40 +224,23 @@ def _result_text(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else json.dumps(content)
 
 
-def as_text(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-) -> list[dict[str, Any]]:
-    """The same conversation for a server that knows no tools: they stand in the system prompt, calls in the assistant's
-    text, results in a user message of ``<tool_response>`` blocks, one for all that follow one another."""
-    texts: list[dict[str, Any]] = []
-    names: dict[str, str] = {}
-    if tools:
-        texts.append({"role": "system", "content": tools_prompt(tools)})
-    in_results = False
-    for message in messages:
-        message = dict(message)
-        role, content = message.get("role"), message.get("content")
-        if role == "system" and tools and len(texts) == 1:
-            texts[0]["content"] = f"{content}\n\n{texts[0]['content']}"
-            continue
-        if role == "tool":
-            name = message.get("name") or names.get(message.get("tool_call_id", ""), "")
-            block = tool_response(name, _result_text(message))
-            if in_results:
-                texts[-1]["content"] += "\n" + block
-            else:
-                texts.append({"role": "user", "content": block})
-            in_results = True
-            continue
-        in_results = False
-        if message.get("tool_calls"):
-            calls = from_openai(message.pop("tool_calls"))
-            names |= {call.id: call.name for call in calls}
-            message["content"] = "\n".join([*([content] if content else []), *(_call_text(call) for call in calls)])
-        texts.append(message)
-    return texts
-
-
-def _call_text(call: Any) -> str:
-    function = call.to_openai()["function"]
-    return f'<tool_call>\n{{"name": "{function["name"]}", "arguments": {function["arguments"]}}}\n</tool_call>'
+#: For a server that knows no tools: they stand in the system prompt, calls in the assistant's text, results in user
+#: messages.
+TEXT_ONLY = Dialect(
+    tools=False,
+    system=True,
+    developer=True,
+    tool=False,
+    calls=False,
+    several_calls=True,
+    object_arguments=False,
+    text_arguments=False,
+    blank=None,
+    answered_calls=True,
+    long_ids=True,
+    reasoning="reasoning_content",
+    reasoned_calls=True,
+    parts=True,
+    repeated_user=True,
+    user_after_tool=True,
+)

@@ -193,7 +193,7 @@ class ExactManagedServer:
 
     @property
     def _model(self) -> str:
-        return str(getattr(getattr(self.backend.servers.all[0], "config", None), "model_name", "unknown"))
+        return str(getattr(getattr(self.backend.servers[0], "config", None), "model_name", "unknown"))
 
     def _text(self, turn: Turn) -> str:
         return decode(self.tokenizer, list(turn.output_ids), skip_special_tokens=True)

@@ -63,7 +63,9 @@ def resolve(
     elif hasattr(server, "get_url") and hasattr(server, "session_uuid"):
         server = _endpoint(server.get_url(), server.model_name)
     elif hasattr(server, "get_state") and hasattr(server, "server"):
-        invents_tokens = any(cls.__name__ == "DummyManagedServer" for cls in type(server).__mro__)
+        from atroposlib.envs.server_handling.managed_server import DummyManagedServer
+
+        invents_tokens = isinstance(server, DummyManagedServer)
         tokenizer = getattr(server, "tokenizer", None) if tokenizer is None else tokenizer
         server = server.server
 
@@ -73,7 +75,7 @@ def resolve(
     for one in servers:
         if not hasattr(one, "config") or not (has_token_call(one) or hasattr(one, "_chat_completion_wrapper")):
             raise UnsupportedServerError(
-                f"{type(one).__name__} is no atroposlib server: pass a ServerManager, an APIServer or a managed "
+                f"{type(one).__name__} is not an atroposlib server: pass a ServerManager, an APIServer or a managed "
                 "server, or base_url= for a server's address"
             )
     if settings.bypass_managed_server:
@@ -93,20 +95,26 @@ def has_token_call(server: Any) -> bool:
 
     atroposlib's OpenAI and TRL servers, and our plain endpoint, have the method but refuse every call.
     """
+    from atroposlib.envs.server_handling.openai_server import OpenAIServer
+    from atroposlib.envs.server_handling.server_baseline import APIServer
+    from atroposlib.envs.server_handling.trl_vllm_server import TrlVllmServer
+
+    from hermes_atropos.servers import OpenAIEndpoint
+
     for cls in type(server).__mro__:
         if "_tokens_and_logprobs_completion_wrapper" in vars(cls):
-            return cls.__name__ not in {"APIServer", "OpenAIServer", "TrlVllmServer", "OpenAIEndpoint"}
+            return cls not in {APIServer, OpenAIServer, TrlVllmServer, OpenAIEndpoint}
     return hasattr(server, "tokens_and_logprobs_completion")
 
 
 def _untracked(server: Any, tool_format: str) -> Backend:
-    from hermes_atropos.backends.chat import UntrackedBackend
+    from atroposlib.envs.server_handling.trl_vllm_server import TrlVllmServer
+
+    from hermes_atropos.backends.chat import ChatBackend
 
     # TRL's server renders the chat template itself, without tools.
-    forgets_tools = any(
-        cls.__name__ == "TrlVllmServer" for one in getattr(server, "servers", [server]) for cls in type(one).__mro__
-    )
-    return UntrackedBackend(server, tool_format=tool_format, native_tools=False if forgets_tools else None)
+    forgets_tools = any(isinstance(one, TrlVllmServer) for one in getattr(server, "servers", [server]))
+    return ChatBackend(server, tool_format=tool_format, native_tools=False if forgets_tools else None)
 
 
 def _direct(server: Any, settings: Settings) -> Any:
@@ -117,7 +125,7 @@ def _direct(server: Any, settings: Settings) -> Any:
 def _endpoint(base_url: str, model: str, api_key: str | None = None, timeout_s: float = 1200) -> Any:
     from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 
-    from hermes_atropos.servers.http import OpenAIEndpoint
+    from hermes_atropos.servers import OpenAIEndpoint
 
     config = APIServerConfig(base_url=base_url, model_name=model, api_key=api_key or "", health_check=False)
     config.timeout = timeout_s  # seconds; atroposlib declares it a whole number

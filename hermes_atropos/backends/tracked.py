@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeVar
 
 from hermes_atropos.backends import ModelTurn
-from hermes_atropos.backends.pool import Sample, TokenServers
+from hermes_atropos.backends.token_calls import Sample, TokenCalls
 from hermes_atropos.errors import ContextLengthError, TokenFidelityError
 from hermes_atropos.messages import Message, Tool
 from hermes_atropos.rendering import Renderer, renderer_for
@@ -79,12 +79,17 @@ class TrackedBackend:
         patience_s: float = 60.0,
     ) -> None:
         self.server = server
-        self.servers = TokenServers(server, patience_s=patience_s)
+        self._calls = TokenCalls(server, patience_s=patience_s)
         self.tokenizer = tokenizer
         self.renderer = renderer or renderer_for(tokenizer, tool_format=tool_format)
         self.ledger = ledger or self._new_ledger()
         self.context_length = context_length
         self._warned: set[str] = set()
+
+    @property
+    def servers(self) -> list[Any]:
+        """The servers, one of which takes each call."""
+        return self._calls.pool.servers
 
     def fresh(self) -> Self:
         """The same for another rollout: on the same servers, with an empty ledger."""
@@ -144,12 +149,12 @@ class TrackedBackend:
         Raises:
             BackendError, TokenFidelityError: as ``sample_group`` does.
         """
-        sampled = await self.servers.sample(ids, text, n, self._parameters(sampling, prompt.length))
+        sampled = await self._calls.sample(ids, text, n, self._parameters(sampling, prompt.length))
         turns: list[Turn] = []
         faults: list[TokenFidelityError] = []
         for sample in sampled:
             try:
-                # The wrappers of atroposlib hand back the list that they were given, which is no word of the server's.
+                # atroposlib's wrappers hand back the list that they were given, which says nothing of the server.
                 echo = None if sample.echo is ids and len(ids) == prompt.length else sample.echo
                 turns.append(self._record(prompt, sample, echo))
             except TokenFidelityError as fault:
@@ -168,7 +173,7 @@ class TrackedBackend:
         )
 
     def _forsake(self, turns: list[Turn], reason: str) -> None:
-        """The harness will never see these answers, so it can't act on them: they are no training data."""
+        """The harness will never see these answers, so it can't act on them: they are not training data."""
         for turn in turns:
             self.ledger.discard(turn.ref, reason)
 
@@ -245,7 +250,7 @@ class TrackedBackend:
         parameters = {key: value for key, value in wanted.items() if key in SAMPLING} | extra
         if self.renderer.stop_token_ids:
             parameters.setdefault("stop_token_ids", sorted(self.renderer.stop_token_ids))
-        context_length = self.context_length or known_context_length(self.servers.all, self.tokenizer)
+        context_length = self.context_length or known_context_length(self.servers, self.tokenizer)
         if context_length is not None:
             left = context_length - prompt_length
             if left < 1:

@@ -303,7 +303,8 @@ def _results_as_users(messages: list[dict[str, Any]], names: Mapping[str, Any]) 
     for message in messages:
         if message["role"] == "tool":
             name = message.get("name") or names.get(message.get("tool_call_id", ""), "tool")
-            block = tool_response(name, text_of(message["content"]) or "")
+            text = text_of(message["content"])
+            block = tool_response(name, json.dumps(message["content"]) if text is None else text)
             if previous == "tool":
                 users[-1]["content"] += f"\n{block}"
             else:

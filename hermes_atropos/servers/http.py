@@ -1,32 +1,18 @@
-"""Inference servers over HTTP, as atroposlib ``APIServer`` classes.
+"""What all servers over HTTP have in common: connections, requests, and the token call that a protocol fills in.
 
-======================== ============================================ ==========================================
-class                    speaks to                                    at
-======================== ============================================ ==========================================
-``StockVLLMServer``      stock ``vllm serve``, 0.10.2 or newer        ``/v1/completions`` with token ids
-``VLLMGenerateServer``   ``vllm serve --tokens-only`` and the like    ``/inference/v1/generate``
-``StockSGLangServer``    stock SGLang, and Atropos' SGLang servers    ``/generate``
-``AtroposVLLMServer``    the vLLM server that Atropos ships           ``/generate``
-``OpenAIEndpoint``       anything else; no token ids                  ``chat/completions``, ``completions``
-======================== ============================================ ==========================================
-
-Each fits ``ServerManager(configs, server_class=…)`` and ``BaseEnv.server_cls``. None retries: that is done once, by the
-backend that calls. All share one pooled client per server and running event loop, closed with that loop, and raise the
-typed errors of ``hermes_atropos.errors`` with the URL, the status and the start of the body. Cancelling a call closes
-its connection, on which vLLM and SGLang abort the request.
+Each server has one pooled client a running event loop, closed with that loop, and raises the typed errors of
+``hermes_atropos.errors`` with the URL, the status and the start of the body. None retries: that is done once, by the
+backend that calls. Cancelling a call closes its connection, on which vLLM and SGLang abort the request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import functools
-import json
 import re
-import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,19 +30,10 @@ from hermes_atropos.errors import (
     ContextLengthError,
     UnsupportedServerError,
 )
+from hermes_atropos.rendering.tokenizers import load_tokenizer
+from hermes_atropos.servers.failures import response_error, unexpected
 
-__all__ = [
-    "AtroposVLLMServer",
-    "OpenAIEndpoint",
-    "StockSGLangServer",
-    "StockVLLMServer",
-    "TokenServer",
-    "VLLMGenerateServer",
-    "response_error",
-]
-
-#: Characters of a failed answer's body that its error keeps.
-BODY_KEPT = 2_000
+__all__ = ["Choice", "OpenAIEndpoint", "TokenServer"]
 
 # uvicorn, under vLLM and SGLang, drops an idle connection after 5 s: let go of it before it does.
 KEEPALIVE_S = 4.0
@@ -80,13 +57,13 @@ class OpenAIEndpoint(APIServer):
     """Any OpenAI-compatible endpoint, at ``config.base_url`` as it stands; no token ids.
 
     Raises:
-        UnsupportedServerError: ``config.base_url`` is no ``http://`` or ``https://`` URL.
+        UnsupportedServerError: ``config.base_url`` is not an ``http://`` or ``https://`` URL.
     """
 
     def __init__(self, config: APIServerConfig, reasoning_config: ReasoningConfig | None = None) -> None:
         if not re.match(r"https?://[^/\s]", config.base_url or ""):
             raise UnsupportedServerError(
-                f"base_url={config.base_url!r} is no address of a server: give its URL, as http://localhost:8000/v1"
+                f"base_url={config.base_url!r} is not a server's address: give its URL, as http://localhost:8000/v1"
             )
         super().__init__(config, reasoning_config=reasoning_config)
         self.base_url: str = config.base_url.rstrip("/")
@@ -151,7 +128,7 @@ class OpenAIEndpoint(APIServer):
         try:
             return response.json()
         except ValueError as error:
-            raise unexpected(url, response.text, "it is no JSON") from error
+            raise unexpected(url, response.text, "it is not JSON") from error
 
     async def _here(self) -> Connections:
         loop = asyncio.get_running_loop()
@@ -205,8 +182,6 @@ class TokenServer(OpenAIEndpoint):
         Raises:
             NoTokenizerError: it cannot be loaded.
         """
-        from hermes_atropos.rendering.tokenizers import load_tokenizer
-
         named = self.config.tokenizer_name
         return load_tokenizer(self.config.model_name if named == "none" else named)
 
@@ -281,171 +256,7 @@ class TokenServer(OpenAIEndpoint):
         return None
 
 
-class StockVLLMServer(TokenServer):
-    """Stock ``vllm serve``, through ``/v1/completions`` with token ids in and ``return_token_ids``.
-
-    https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html, "Completions API". ``logprobs: 0`` asks for
-    the sampled token alone. Before 0.10.2, which brought ``return_token_ids``, the ids are read from
-    ``return_tokens_as_token_ids``, and the prompt is not echoed.
-    """
-
-    async def _question(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        max_tokens = await self._max_tokens(prompt_ids, sampling.get("max_tokens"))
-        if max_tokens is None:  # vLLM would stop after 16 tokens
-            raise BackendResponseError(
-                f"{self.root} does not say how long its context is: pass max_tokens",
-                url=self.root,
-            )
-        return f"{self.base_url}/completions", {
-            "model": self.config.model_name,
-            "prompt": prompt_ids,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,
-            **sampling,
-            "max_tokens": max_tokens,
-        }
-
-    def _read(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        return choices[0].get("prompt_token_ids"), [self._choice(choice) for choice in choices]
-
-    def _choice(self, choice: Mapping[str, Any]) -> Choice:
-        logprobs = choice.get("logprobs") or {}
-        ids = choice.get("token_ids")
-        if ids is None:
-            tokens = logprobs.get("tokens") or []
-            if not tokens or not all(token.startswith("token_id:") for token in tokens):
-                raise BackendResponseError(
-                    f"{self.base_url}/completions returns no token ids: serve the model with vLLM 0.10.2 or newer, or "
-                    "with SGLang",
-                    url=f"{self.base_url}/completions",
-                    status=200,
-                    body=json.dumps(choice)[:BODY_KEPT],
-                )
-            ids = [int(token.removeprefix("token_id:")) for token in tokens]
-        return ids, logprobs.get("token_logprobs") or [], choice["finish_reason"]
-
-
-class VLLMGenerateServer(TokenServer):
-    """vLLM through ``/inference/v1/generate``, which never turns tokens into text; the prompt is not echoed.
-
-    https://docs.vllm.ai/en/latest/api/vllm/entrypoints/serve/disagg/protocol/. Newer releases want ``--tokens-only`` or
-    ``--enable-scale-out`` for it, and answer 403 without.
-    """
-
-    async def _question(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        # max_tokens None is "as long as the context allows"; unset would be 16 in older releases.
-        sampling["max_tokens"] = await self._max_tokens(prompt_ids, sampling.get("max_tokens"))
-        return f"{self.root}/inference/v1/generate", {
-            "model": self.config.model_name,
-            "token_ids": prompt_ids,
-            "sampling_params": {"logprobs": 0, **sampling},
-        }
-
-    def _read(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
-        return None, [
-            (
-                choice["token_ids"],
-                [place["logprob"] for place in choice["logprobs"]["content"]],
-                choice["finish_reason"],
-            )
-            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
-        ]
-
-
-class StockSGLangServer(TokenServer):
-    """SGLang, stock or started by Atropos, through its native ``/generate``; the prompt is not echoed.
-
-    https://docs.sglang.io/basic_usage/native_api.html and …/sampling_params.html. ``logprob_start_len`` stays unset: 0
-    would ask for the prompt's logprobs and defeat the prefix cache. The ``weights_version`` beside the finish reason is
-    what the trainer passed with its last weight update.
-    """
-
-    async def _question(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        # None is "as long as the context allows"; unset would be 128.
-        sampling["max_new_tokens"] = await self._max_tokens(prompt_ids, sampling.pop("max_tokens", None))
-        for ours, theirs in (("seed", "sampling_seed"), ("min_tokens", "min_new_tokens")):
-            if ours in sampling:
-                sampling[theirs] = sampling.pop(ours)
-        return f"{self.root}/generate", {"input_ids": prompt_ids, "sampling_params": sampling, "return_logprob": True}
-
-    def _read(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
-        return None, [
-            self._choice(choice["meta_info"]) for choice in (answer if isinstance(answer, list) else [answer])
-        ]
-
-    def _choice(self, told: Mapping[str, Any]) -> Choice:
-        places = told["output_token_logprobs"]
-        reason = dict(told["finish_reason"] or {"type": None})
-        if "weight_version" in told:
-            reason["weights_version"] = told["weight_version"]
-        return [place[1] for place in places], [place[0] for place in places], reason
-
-
-class AtroposVLLMServer(TokenServer):
-    """The vLLM server that Atropos ships with its example trainer, through its ``/generate``.
-
-    ``logprobs[choice][position]`` is ``[{id: logprob}]`` of the sampled token; newer versions echo the prompt.
-    """
-
-    async def _question(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        # max_tokens None is "as long as the context allows"; unset would be 16.
-        return f"{self.root}/generate", {
-            "prompt": {"prompt_token_ids": prompt_ids},
-            "logprobs": 0,
-            "max_tokens": None,
-            **sampling,
-        }
-
-    def _read(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
-        sampled = [[next(iter(place[0].items())) for place in choice] for choice in answer["logprobs"]]
-        return answer.get("prompt_token_ids"), [
-            ([int(token) for token, _ in places], [logprob for _, logprob in places], reason)
-            for places, reason in zip(sampled, answer["finish_reasons"], strict=True)
-        ]
-
-
 # Arguments of atroposlib's calls that are not for the sampler.
 _NOT_SAMPLING = frozenset(
     {"model", "messages", "tools", "tool_choice", "parallel_tool_calls", "split", "stream", "logprobs", "top_logprobs"}
-)
-
-
-def unexpected(url: str, answer: Any, why: str) -> BackendResponseError:
-    """The error for an answer that came with success and is not what was asked for."""
-    body = answer if isinstance(answer, str) else json.dumps(answer)
-    return BackendResponseError(
-        f"{url} did not answer as its protocol says ({why}): {body[:200]}", url=url, status=200, body=body[:BODY_KEPT]
-    )
-
-
-def response_error(url: str, status: int, body: str, headers: Mapping[str, str] | None = None) -> BackendError:
-    """The error for an HTTP error status: ``ContextLengthError`` where the body says so, else ``BackendResponseError``.
-
-    Its ``retry_after`` is what the ``Retry-After`` header asks for.
-    """
-    kind: type[BackendError] = (
-        ContextLengthError if status in {400, 413, 422} and _OVERLONG.search(body) else BackendResponseError
-    )
-    return kind(
-        f"{url} answered {status}: {body.strip()[:500]}",
-        url=url,
-        status=status,
-        body=body[:BODY_KEPT],
-        retry_after=_retry_after((headers or {}).get("retry-after", "")),
-    )
-
-
-def _retry_after(header: str) -> float | None:
-    """Seconds from a ``Retry-After`` header, which holds seconds or a date (RFC 9110, 10.2.3)."""
-    if re.fullmatch(r"\d+(\.\d+)?", header):
-        return float(header)
-    date = email.utils.parsedate_tz(header)
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
-
-
-# How OpenAI, vLLM and SGLang word a prompt that does not fit.
-_OVERLONG = re.compile(
-    r"context[ _]length|context window|max(?:imum)?[ _]model[ _]len|longer than the (?:maximum )?model", re.I
 )

@@ -19,14 +19,7 @@ from hermes_atropos.errors import (
     NoServerError,
     UntrackedError,
 )
-from hermes_atropos.servers.http import (
-    AtroposVLLMServer,
-    OpenAIEndpoint,
-    StockSGLangServer,
-    StockVLLMServer,
-    TokenServer,
-    VLLMGenerateServer,
-)
+from hermes_atropos.servers import PROTOCOLS, AtroposVLLMServer, OpenAIEndpoint, TokenServer
 
 __all__ = ["Probe", "probe"]
 
@@ -121,7 +114,7 @@ async def _look(config: APIServerConfig, model: str | None, tokenizer: Any) -> P
         context_length=card.get("max_model_len"),
     )
     failures: list[BackendError] = []
-    for protocol in (StockVLLMServer, StockSGLangServer, AtroposVLLMServer, VLLMGenerateServer):
+    for protocol in PROTOCOLS:
         server = protocol(config)
         server.context_length = found.context_length
         try:
@@ -137,7 +130,7 @@ async def _look(config: APIServerConfig, model: str | None, tokenizer: Any) -> P
             await server.aclose()
     if not cards:
         raise NoServerError(
-            f"what answers at {config.base_url} is no inference server: correct base_url ({failures[0]})"
+            f"what answers at {config.base_url} is not an inference server: correct base_url ({failures[0]})"
         )
     server = OpenAIEndpoint(config.model_copy(update={"base_url": endpoint.base_url}))
     if failures[0].status is None or failures[0].status >= 500:
