@@ -12,6 +12,8 @@ On the left in asynchronous code, on the right in a script.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -110,7 +112,7 @@ class OpenedTask(Generic[SomeTask]):
 
 
 class BlockingTask:
-    """A task for synchronous code: the same methods, each of which waits.
+    """A task for synchronous code: what a :class:`Task` has, and each of its coroutines waited for.
 
     Raises:
         BlockingCallError: from any method, on the thread of the library's own event loop.
@@ -119,30 +121,11 @@ class BlockingTask:
     def __init__(self, task: Task) -> None:
         self._task = task
 
-    task_id = property(lambda self: self._task.task_id)
-    workspace = property(lambda self: self._task.workspace)
-    sandbox = property(lambda self: self._task.sandbox)
-    trajectory = property(lambda self: self._task.trajectory)
-
-    def run(self, user_message: Any, system_message: str | None = None, **options: Any) -> Any:
-        """See :meth:`Task.run`."""
-        return _wait_for(lambda: self._task.run(user_message, system_message, **options))
-
-    def terminal(self, command: str, *, timeout: float = 180.0) -> CommandResult:
-        """See :meth:`Task.terminal`."""
-        return _wait_for(lambda: self._task.terminal(command, timeout=timeout))
-
-    def read_bytes(self, path: str) -> bytes:
-        """See :meth:`Task.read_bytes`."""
-        return _wait_for(lambda: self._task.read_bytes(path))
-
-    def read_file(self, path: str) -> str:
-        """See :meth:`Task.read_file`."""
-        return _wait_for(lambda: self._task.read_file(path))
-
-    def write_file(self, path: str, content: str | bytes) -> None:
-        """See :meth:`Task.write_file`."""
-        return _wait_for(lambda: self._task.write_file(path, content))
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._task, name)
+        if not inspect.iscoroutinefunction(found):
+            return found
+        return functools.wraps(found)(lambda *args, **options: _wait_for(lambda: found(*args, **options)))
 
 
 def _wait_for(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

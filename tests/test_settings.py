@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hermes_atropos.backends import ModelTurn
 from hermes_atropos.errors import ConfigurationError, SettingsError
-from hermes_atropos.settings import BRIEF, FULL, Settings, excerpt, log_exchange, redact
+from hermes_atropos.logs import excerpt, log_exchange, redact
+from hermes_atropos.settings import BRIEF, FULL, Settings
 from hermes_atropos.toolcalls import ToolCall
 
 SWITCHES = {
