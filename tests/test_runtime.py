@@ -269,17 +269,15 @@ class TestTurnstile:
         assert not any(worker.is_alive() for worker in workers)
         return most
 
-    @pytest.mark.parametrize("places", [1, 3])
-    def test_so_many_at_a_time(self, places: int) -> None:
-        assert 1 <= self.at_once(Turnstile(places), 12) <= places
+    def test_one_at_a_time(self) -> None:
+        assert self.at_once(Turnstile(), 12) == 1
 
-    def test_whoever_has_left_leaves_no_second_time(self) -> None:
-        turnstile = Turnstile(places=2)
+    def test_whoever_went_on_without_its_turn_gives_no_place_back(self) -> None:
+        turnstile = Turnstile(patience_s=0.01)
         with turnstile.inside():
-            turnstile.leave()
-            turnstile.leave()
-            assert self.at_once(turnstile, 6) <= 2
-        assert self.at_once(turnstile, 6) <= 2
+            assert self.enters(turnstile)
+            assert turnstile._place.locked()
+        assert not turnstile._place.locked()
 
     def test_patience_has_an_end(self) -> None:
         """Whoever is inside may wait for the thread that waits to come in."""
