@@ -109,7 +109,7 @@ async def run_ours(options: argparse.Namespace) -> dict[str, float]:
 
     use_training_profile()
     from hermes_atropos import AtroposAIAgent
-    from hermes_atropos.hermes.terminal import Sandbox
+    from hermes_atropos.hermes.terminal import HermesSandbox
 
     server = quick_server(terminal_replies())
 
@@ -128,7 +128,7 @@ async def run_ours(options: argparse.Namespace) -> dict[str, float]:
     start = time.perf_counter()
     await asyncio.gather(*[rollout() for _ in range(options.rollouts)])
     seconds = time.perf_counter() - start
-    sandboxes = [timed(Sandbox) for _ in range(20)]
+    sandboxes = [timed(HermesSandbox) for _ in range(20)]
     for _, sandbox in sandboxes:
         sandbox.release()
     constructed = [timed(construct)[0] for _ in range(20)]

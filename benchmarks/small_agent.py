@@ -1,7 +1,7 @@
 """The small agent: 64 rollouts of 6 turns and 5 terminal commands each, against the bare terminal tool.
 
 Bare is Hermes' terminal tool called directly, in Hermes' own local environment, by as many threads as suit it best of
-those tried; sandboxed is the same in a ``Sandbox`` of this package, where a command costs less; small is
+those tried; sandboxed is the same in a ``HermesSandbox`` of this package, where a command costs less; small is
 ``AtroposAgent`` on a server that costs next to nothing; hermes is ``AtroposAIAgent`` on the scripted server of this
 package. Each task has a shell of its own, and opening it counts for no side. Each side runs in a fresh process; the
 sides take turns, and are compared within each round, the median of which counts. Two more runs show what the agent
@@ -154,9 +154,9 @@ async def run_bare(options: argparse.Namespace) -> dict[str, float]:
 
 
 async def run_sandboxed(options: argparse.Namespace) -> dict[str, float]:
-    from hermes_atropos.hermes.terminal import Sandbox
+    from hermes_atropos.hermes.terminal import HermesSandbox
 
-    sandboxes = [Sandbox() for _ in range(options.rollouts + 1)]
+    sandboxes = [HermesSandbox() for _ in range(options.rollouts + 1)]
     figures = call_directly([sandbox.hermes_id for sandbox in sandboxes], options.threads)
     for sandbox in sandboxes:
         sandbox.release()

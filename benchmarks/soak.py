@@ -40,7 +40,7 @@ PROFILE = use_training_profile()
 from tools import terminal_tool  # noqa: E402  (Hermes' own, once it knows its home)
 
 from hermes_atropos import AtroposAIAgent, StopReason  # noqa: E402
-from hermes_atropos.hermes.terminal import MARKER  # noqa: E402
+from hermes_atropos.sandbox.processes import MARKER  # noqa: E402
 from hermes_atropos.testing import Reply, ScriptedServer, tool_call  # noqa: E402
 
 LATENCY_S = 0.2

@@ -20,8 +20,9 @@ from tools import terminal_tool
 from tools.process_registry import process_registry
 
 from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB
-from hermes_atropos.hermes import terminal as sandboxes
 from hermes_atropos.hermes.agent import AtroposAIAgent
+from hermes_atropos.sandbox import folder
+from hermes_atropos.sandbox.processes import MARKER
 from hermes_atropos.testing import Reply, ScriptedRequest, ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.trajectory import AgentResult, SequenceData
 
@@ -198,7 +199,7 @@ def left() -> dict[str, dict[Any, Any]]:
         "sandboxes": {
             **dict.fromkeys(terminal_tool._active_environments, "environment"),
             **dict.fromkeys(terminal_tool._task_env_overrides, "override"),
-            **sandboxes._in_use,
+            **folder._in_use,
         },
         "threads": {thread.ident: thread.name for thread in threads},
         "processes": processes(),
@@ -214,7 +215,7 @@ def processes(owner: int | None = None) -> dict[int, str]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 state, parent, *_ = entry.joinpath("stat").read_text().rpartition(")")[2].split()
-                marked = f"{sandboxes.MARKER}={owner}-".encode() in entry.joinpath("environ").read_bytes()
+                marked = f"{MARKER}={owner}-".encode() in entry.joinpath("environ").read_bytes()
                 if state != "Z" and (marked or int(parent) == owner):
                     found[int(entry.name)] = entry.joinpath("cmdline").read_text().replace("\0", " ")
     return found

@@ -17,7 +17,7 @@ from tools import delegate_tool
 from hermes_atropos.errors import ConfigurationError, UnsupportedVersionError
 from hermes_atropos.hermes import hooks, seams, versions
 from hermes_atropos.hermes.agent import AtroposAIAgent
-from hermes_atropos.hermes.seams import SEAMS, WRAPPED, Seam, acting_agent, acting_for, rebound
+from hermes_atropos.hermes.seams import SEAMS, WRAPPED, Seam, acting_agent, acting_for
 
 
 def owner_of(seam: Seam) -> tuple[Any, str]:
@@ -128,12 +128,3 @@ def test_a_subagent_past_the_library_raises_and_ends_the_rollout(monkeypatch: py
     assert isinstance(result["cause"], UnsupportedVersionError)
     assert "made a subagent of the class object past this library" in result["error"]
     assert len(server_of(agent).requests) == 1
-
-
-def test_a_copied_function_refuses_a_name_that_it_does_not_use() -> None:
-    def upstream() -> Any:
-        return terminal
-
-    assert rebound(upstream, terminal="exchanged")() == "exchanged"
-    with pytest.raises(UnsupportedVersionError, match="no longer uses moved"):
-        rebound(upstream, moved="exchanged")

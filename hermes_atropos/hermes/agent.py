@@ -31,7 +31,7 @@ from hermes_atropos.hermes import seams
 from hermes_atropos.hermes.hooks import HERMES_PARAMETERS, HERMES_ROUTES, Hooks
 from hermes_atropos.hermes.result import conversation_of, finished, history_of, stop_reason, without_system
 from hermes_atropos.hermes.rollout import Rollout, interrupting_first
-from hermes_atropos.hermes.terminal import Sandbox
+from hermes_atropos.hermes.terminal import HermesSandbox
 from hermes_atropos.hermes.tools import check_toolsets
 from hermes_atropos.runtime import check_not_on, home_loop, portal_loop, run_in_rollout_thread, run_to_end, turnstile
 from hermes_atropos.trajectory import AgentResult, StopReason
@@ -164,7 +164,7 @@ class AtroposAIAgent(Hooks):
         check_not_on(home_loop(self._backend.server, portal_loop()), instead="await agent.run_conversation_async(...)")
         request = (user_message, system_message, history_of(conversation_history), task_id, *args)
         with self._claimed() as agent:
-            sandbox = Sandbox(task_id, Path.cwd(), private=False) if task_id else None
+            sandbox = HermesSandbox(task_id, Path.cwd(), private=False) if task_id else None
             rollout = agent._new_rollout(sandbox)
             try:
                 with interrupting_first(functools.partial(Hooks.interrupt, agent)):
@@ -188,7 +188,7 @@ class AtroposAIAgent(Hooks):
         """
         task_id = task_id or f"run-{uuid.uuid4().hex[:12]}"
         request = (user_message, system_message, history_of(conversation_history), task_id)
-        async with self._opened(lambda: Sandbox(task_id, Path.cwd(), private=False)) as (agent, rollout):
+        async with self._opened(lambda: HermesSandbox(task_id, Path.cwd(), private=False)) as (agent, rollout):
             return await agent._run_async(rollout, request, options)
 
     def chat(self, message: str, stream_callback: Any = None) -> str:
@@ -222,17 +222,17 @@ class AtroposAIAgent(Hooks):
             WorkspaceError: ``workspace`` is not a folder, or another open task acts in it.
             SandboxError: a task of this name is open.
         """
-        return harness.OpenedTask(self._task(lambda: Sandbox(task_id, workspace, copy=copy)))
+        return harness.OpenedTask(self._task(lambda: HermesSandbox(task_id, workspace, copy=copy)))
 
     @contextlib.asynccontextmanager
-    async def _task(self, open_sandbox: Callable[[], Sandbox]) -> AsyncIterator[Task]:
+    async def _task(self, open_sandbox: Callable[[], HermesSandbox]) -> AsyncIterator[Task]:
         # A copy in any case: what Hermes keeps on its agent, a list of todos say, belongs to one rollout.
         async with self._opened(open_sandbox, copied=True) as (agent, rollout):
             yield Task(agent, rollout)
 
     @contextlib.asynccontextmanager
     async def _opened(
-        self, open_sandbox: Callable[[], Sandbox], *, copied: bool = False
+        self, open_sandbox: Callable[[], HermesSandbox], *, copied: bool = False
     ) -> AsyncIterator[tuple[AtroposAIAgent, Rollout]]:
         """An agent and a rollout in a sandbox that is released at the end of the block, whatever ends it."""
         held = contextlib.ExitStack()
@@ -264,7 +264,7 @@ class AtroposAIAgent(Hooks):
             if own:
                 self._busy.release()
 
-    def _new_rollout(self, sandbox: Sandbox | None) -> Rollout:
+    def _new_rollout(self, sandbox: HermesSandbox | None) -> Rollout:
         return Rollout.on(self._backend, sandbox, max_tool_call_retries=self._max_tool_call_retries)
 
     async def _run_async(self, rollout: Rollout, request: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -344,7 +344,7 @@ class Task(harness.Task):
         self._turns = asyncio.Lock()
 
     @property
-    def sandbox(self) -> Sandbox:
+    def sandbox(self) -> HermesSandbox:
         assert self._rollout.sandbox is not None
         return self._rollout.sandbox
 

@@ -172,7 +172,7 @@ class Hooks(AIAgent):
     def _execute_tool_calls(self, assistant_message: Any, *args: Any, **options: Any) -> None:
         sandbox = self._rollout.sandbox
         if sandbox is not None:
-            sandbox.lend(sandbox.hermes_id)
+            sandbox.register(sandbox.hermes_id)
         names = [call.function.name for call in assistant_message.tool_calls]
         # Several calls of other tools may run on other threads, for which this one then waits.
         here = set(names) == {"terminal"} or (len(names) == 1 and names[0] in SANDBOX_TOOLS)
@@ -213,7 +213,7 @@ class Subagent(Hooks):
     def run_conversation(self, *args: Any, **options: Any) -> dict[str, Any]:
         task_id = options.get("task_id")
         if self._rollout.sandbox is not None and task_id:
-            self._rollout.sandbox.lend(task_id)
+            self._rollout.sandbox.register(task_id)
         try:
             with seams.acting_for(self):
                 result: dict[str, Any] = super().run_conversation(*args, **options)

@@ -14,7 +14,7 @@ from typing import Any
 from hermes_atropos.backends import Backend, ModelTurn
 from hermes_atropos.conversation import Conversation
 from hermes_atropos.errors import ContextLengthError, HermesAtroposError
-from hermes_atropos.hermes.terminal import Sandbox
+from hermes_atropos.hermes.terminal import HermesSandbox
 from hermes_atropos.runtime import home_loop, portal_loop, turnstile
 
 __all__ = ["ModelCallFailed", "Rollout", "interrupting_first"]
@@ -39,7 +39,7 @@ class Rollout:
     """
 
     conversation: Conversation
-    sandbox: Sandbox | None = None
+    sandbox: HermesSandbox | None = None
     failure: BaseException | None = None
     signal: str | None = None
     broken: HermesAtroposError | None = None
@@ -48,7 +48,7 @@ class Rollout:
     _requests: set[concurrent.futures.Future[ModelTurn]] = field(default_factory=set)
 
     @classmethod
-    def on(cls, backend: Backend, sandbox: Sandbox | None, *, max_tool_call_retries: int) -> Rollout:
+    def on(cls, backend: Backend, sandbox: HermesSandbox | None, *, max_tool_call_retries: int) -> Rollout:
         """A rollout with nothing recorded."""
         return cls(Conversation(backend.fresh(), max_tool_call_retries=max_tool_call_retries), sandbox)
 

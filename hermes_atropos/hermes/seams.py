@@ -15,7 +15,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -277,29 +276,6 @@ class OurChildren(list[Any]):
                 agent._rollout.broken = error  # Hermes turns what its tools raise into a result that the model reads
             raise error
         super().append(child)
-
-
-def rebound(function: types.FunctionType, **names: Any) -> types.FunctionType:
-    """The same code, in which some global names mean something else; its module and other callers see no change.
-
-    Raises:
-        UnsupportedVersionError: the code no longer uses one of the names, so that exchanging it would do nothing.
-    """
-    unused = names.keys() - set(function.__code__.co_names)
-    if unused:
-        raise UnsupportedVersionError(
-            f"hermes-agent {hermes_version() or 'of an unknown release'} has changed: {function.__qualname__} no "
-            f"longer uses {', '.join(sorted(unused))}; see hermes_atropos/hermes/seams.py"
-        )
-    twin = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **names},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    twin.__kwdefaults__ = function.__kwdefaults__
-    return twin
 
 
 # ── What differs by release: the newest is the base, and each class is what an older one lacks ───────────────────────

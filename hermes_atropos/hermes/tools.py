@@ -8,7 +8,7 @@ import random
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hermes_atropos.errors import SandboxError, ToolDefinitionError, UnknownToolsetError
 from hermes_atropos.hermes import seams
@@ -18,6 +18,9 @@ from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.toolcalls.schema import nearest
 from hermes_atropos.tools import Tool, ToolRegistry, ToolTask
 from hermes_atropos.trajectory import ToolResult
+
+if TYPE_CHECKING:
+    from hermes_atropos.hermes.terminal import HermesSandbox
 
 __all__ = ["HermesTools", "check_toolsets"]
 
@@ -140,26 +143,26 @@ class HermesTools(ToolRegistry):
         return todo_tool(arguments.get("todos"), arguments.get("merge", False), store)
 
     async def _open(self, task: ToolTask, workspace: str | Path | None, copy: bool) -> None:
-        from hermes_atropos.hermes.terminal import Sandbox
+        from hermes_atropos.hermes.terminal import HermesSandbox
 
         def open_sandbox() -> None:  # on its thread to the end, whoever still waits: so the task always knows of it
-            task.sandbox = Sandbox(task.task_id, workspace, copy=copy)
+            task.sandbox = HermesSandbox(task.task_id, workspace, copy=copy)
 
         await run_in_rollout_thread(open_sandbox, stop=lambda: None)
 
     async def _close(self, task: ToolTask) -> None:
         if task.sandbox is not None:
-            self._todos.pop(task.sandbox.hermes_id, None)
+            self._todos.pop(cast("HermesSandbox", task.sandbox).hermes_id, None)
             await run_to_end(task.sandbox.release)
 
     async def _run(self, tool: Tool, call: ToolCall, task_id: str | None) -> Any:
         task = self._tasks.get(task_id or "")
         if task is None:
             raise SandboxError(f"no task {task_id!r} is open: run Hermes' tools in `async with tools.task() as task`")
-        sandbox = task.require_sandbox()
+        sandbox = cast("HermesSandbox", task.require_sandbox())
 
         def run() -> Any:
-            sandbox.lend(sandbox.hermes_id)
+            sandbox.register(sandbox.hermes_id)
             return tool.run(call.arguments, sandbox.hermes_id)
 
         return await sandbox.call(run)
@@ -180,7 +183,7 @@ class HermesTools(ToolRegistry):
 
     async def _keep(self, result: ToolResult, task_id: str | None) -> str:
         """Among the sandbox's temporary files, where the model can read it and the verifier doesn't trip over it."""
-        sandbox = self._tasks[task_id or ""].require_sandbox()
+        sandbox = cast("HermesSandbox", self._tasks[task_id or ""].require_sandbox())
 
         def keep() -> str:
             path = f"{sandbox.environment().get_temp_dir()}/results/{uuid.uuid4().hex[:12]}.txt"

@@ -1,0 +1,120 @@
+"""The folders of a task: its workspace, and a home and temporary files of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hermes_atropos.errors import SandboxError, WorkspaceError
+from hermes_atropos.sandbox.processes import MARKER, kill_processes
+
+__all__ = ["Folders"]
+
+_open_tasks: set[str] = set()
+_in_use: dict[Path, str] = {}
+_lock = threading.Lock()
+
+
+class Folders:
+    """A task's folders and the processes that work with them, claimed for this task until :meth:`remove`.
+
+    Args:
+        task_id: the task's name.
+        workspace: the folder in which the tools act, used as it is; None makes a fresh one, which is removed with the
+            others. Without ``private``, None is the current folder.
+        copy: act in a copy of ``workspace``, which is removed with the others.
+        private: make a home and a folder for temporary files, and let no other private task use the workspace.
+
+    Attributes:
+        root: holds the folders that were made; None if not ``private``.
+        variables: what the environment of each of the task's processes must hold.
+
+    Raises:
+        WorkspaceError: ``workspace`` is not a folder, or another open task acts in it.
+        SandboxError: a task with this name is open.
+    """
+
+    def __init__(self, task_id: str, workspace: str | os.PathLike[str] | None, *, copy: bool, private: bool) -> None:
+        source = None if workspace is None else existing_folder(workspace)
+        self._task_id = task_id
+        self._claimed = source if private and not copy else None
+        claim(task_id, self._claimed)
+        self._mark = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self.variables = {MARKER: self._mark}
+        self.root: Path | None = None
+        try:
+            if private:
+                self.root = Path(tempfile.mkdtemp(prefix="hermes-atropos-")).resolve()
+                for variable, name in (("HOME", "home"), ("TMPDIR", "tmp")):
+                    (self.root / name).mkdir()
+                    self.variables[variable] = str(self.root / name)
+            self.workspace = self._make_workspace(source, copy)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _make_workspace(self, source: Path | None, copy: bool) -> Path:
+        if self.root is None:
+            return source or Path.cwd()
+        if source is not None and not copy:
+            return source
+        workspace = self.root / "workspace"
+        if source is None:
+            workspace.mkdir()
+        else:
+            shutil.copytree(source, workspace, symlinks=True)
+        return workspace
+
+    def kill_processes(self) -> None:
+        """End every process that was started with :attr:`variables`, and whatever came of it."""
+        kill_processes(self._mark, self.root)
+
+    def remove(self) -> None:
+        """Remove the folders that were made; the task's name and its workspace are free again."""
+        with _lock:
+            _open_tasks.discard(self._task_id)
+            if self._claimed is not None:
+                _in_use.pop(self._claimed, None)
+        if self.root is not None:
+            shutil.rmtree(self.root, onerror=make_writable_and_retry)
+
+
+def existing_folder(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a folder, without links."""
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise WorkspaceError(
+            f"The workspace {folder} is {'a file' if folder.exists() else 'missing'}: give a folder that exists, "
+            "or None for a fresh one."
+        )
+    return folder
+
+
+def claim(task_id: str, workspace: Path | None) -> None:
+    """Reserve a task's name and its workspace: two rollouts in one folder would train on each other's work."""
+    with _lock:
+        if task_id in _open_tasks:
+            raise SandboxError(f"Task {task_id!r} has an open sandbox: release it first, or choose another id.")
+        if workspace in _in_use:
+            raise WorkspaceError(
+                f"Task {_in_use[workspace]!r} acts in {workspace} already: "
+                "give each rollout a folder of its own, or copy=True."
+            )
+        _open_tasks.add(task_id)
+        if workspace is not None:
+            _in_use[workspace] = task_id
+
+
+def make_writable_and_retry(function: Callable[[str], Any], path: str, _error: Any) -> None:
+    """For ``shutil.rmtree``: a task may have left folders without write permission."""
+    with contextlib.suppress(OSError):
+        os.chmod(os.path.dirname(path), 0o700)
+        os.chmod(path, 0o700)
+        function(path)
