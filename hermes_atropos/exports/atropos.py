@@ -60,7 +60,7 @@ def logprobs(sequence: TokenSequence) -> list[float]:
     return values
 
 
-def from_masks(tokens: Sequence[int], masks: Sequence[int], logprobs: Sequence[float]) -> list[Span]:
+def from_masks(tokens: list[int], masks: list[int], logprobs: list[float]) -> list[Span]:
     """The trained spans of Atropos' three lists, [seq_len] each.
 
     Raises:
@@ -72,23 +72,29 @@ def from_masks(tokens: Sequence[int], masks: Sequence[int], logprobs: Sequence[f
             expected=f"{len(tokens)} of each",
             found=f"{len(masks)} masks and {len(logprobs)} logprobs",
         )
-    for position, (token, mask, logprob) in enumerate(zip(tokens, masks, logprobs, strict=True)):
-        if mask == MASK:
-            fits = token != MASK and logprob == PROMPT_LOGPROB
-        else:
-            fits = mask == token >= 0 and type(logprob) is float and -math.inf < logprob <= 0
-        if type(token) is not int or not fits:
+
+    def fit(start: int, end: int, masked: bool) -> bool:
+        ids, values = tokens[start:end], logprobs[start:end]
+        if {*map(type, ids)} != {int}:
+            return False
+        if masked:
+            return MASK not in ids and values.count(PROMPT_LOGPROB) == len(values)
+        sampled = ids == masks[start:end] and min(ids) >= 0 and {*map(type, values)} == {float}
+        return sampled and all(-math.inf < value <= 0 for value in values)
+
+    spans = []
+    end = 0
+    for masked, run in itertools.groupby(masks, key=lambda mask: mask == MASK):
+        start, end = end, end + len(list(run))
+        if not fit(start, end, masked):
+            position = next(position for position in range(start, end) if not fit(position, position + 1, masked))
             raise TokenFidelityError(
                 f"position {position} is neither trained nor masked",
                 position=position,
                 expected="(token, token, finite logprob <= 0) or (token, -100, 1.0)",
-                found=(token, mask, logprob),
+                found=(tokens[position], masks[position], logprobs[position]),
             )
-    spans = []
-    end = 0
-    for mask, run in itertools.groupby(masks, key=MASK.__eq__):
-        start, end = end, end + sum(1 for _ in run)
-        if not mask:
+        if not masked:
             spans.append(Span(start, end, logprobs[start:end]))
     return spans
 
