@@ -484,7 +484,7 @@ class TestBadInput:
     def test_a_server_at_whose_url_nobody_answers_later_on(self) -> None:
         """It was there when the agent was made, and refuses the call: the rollout says so."""
         agent = agent_saying(Reply(error=BackendConnectionError("nobody there", url="http://x")), max_iterations=2)
-        agent._backend.servers.patience_s = 0.1
+        agent._backend._calls.pool.patience_s = 0.1
         result = agent.run_conversation("Go.")
         assert result["stop_reason"] is StopReason.SERVER_ERROR
 

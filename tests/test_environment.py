@@ -286,7 +286,6 @@ async def test_a_server_without_token_ids_evaluates_and_does_not_train(make: Any
         def __init__(self, config: APIServerConfig, reasoning_config: Any = None) -> None:
             super().__init__(lambda messages: "I would rather not.")
 
-    Untracked.__name__ = "OpenAIServer"
     env = make()
     env = type("Env", (Greetings,), {"server_cls": Untracked})(env.config, [APIServerConfig()])
     trajectory, score = await env.rollout(await env.get_next_item())

@@ -170,7 +170,7 @@ class TestDescription:
         assert "cannot name a tool" in error_of(lambda: None)
         assert "cannot name a tool" in error_of(twice, name="two words")
         assert "needs parameters" in error_of(NoSchema())
-        assert "is no tool" in error_of(7)
+        assert "is not a tool" in error_of(7)
         assert list(registry) == ["twice"]
 
 

@@ -101,10 +101,10 @@ def has_token_call(server: Any) -> bool:
 
     from hermes_atropos.servers import OpenAIEndpoint
 
-    for cls in type(server).__mro__:
-        if "_tokens_and_logprobs_completion_wrapper" in vars(cls):
-            return cls not in {APIServer, OpenAIServer, TrlVllmServer, OpenAIEndpoint}
-    return hasattr(server, "tokens_and_logprobs_completion")
+    name = "_tokens_and_logprobs_completion_wrapper"
+    refusals = {getattr(kind, name) for kind in (APIServer, OpenAIServer, TrlVllmServer, OpenAIEndpoint)}
+    call = getattr(type(server), name, None)
+    return call not in refusals if call else hasattr(server, "tokens_and_logprobs_completion")
 
 
 def _untracked(server: Any, tool_format: str) -> Backend:

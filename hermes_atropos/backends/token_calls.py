@@ -70,17 +70,11 @@ class TokenCalls:
         sampling = dict(sampling)
         split = sampling.pop("split", None) or "train"
 
-        async def ask(server: Any, n: int = n) -> list[Sample]:
-            config = getattr(server, "config", None)
-            if n > 1 and getattr(config, "n_kwarg_is_ignored", False):
-                return [sample for _ in range(n) for sample in await ask(server, 1)]
-            model = getattr(config, "model_name", "default")
-            arguments = {"model": model, "input_ids": prompt_ids, "n": n, **sampling}
-            call = getattr(server, "_tokens_and_logprobs_completion_wrapper", None)
-            if call is None:
-                call = server.tokens_and_logprobs_completion
-                arguments["prompt"] = prompt()
-            return _samples(await call(**arguments), n, url_of(server))
+        async def ask(server: Any) -> list[Sample]:
+            if n > 1 and getattr(getattr(server, "config", None), "n_kwarg_is_ignored", False):
+                answers = [await _ask(server, prompt_ids, prompt, 1, sampling) for _ in range(n)]
+                return [sample for answer in answers for sample in answer]
+            return await _ask(server, prompt_ids, prompt, n, sampling)
 
         return await self.pool.call(ask, split=split)
 
@@ -94,6 +88,18 @@ class TokenCalls:
         if failure is not None:
             raise failure
         return [sample for task in tasks for sample in task.result()]
+
+
+async def _ask(
+    server: Any, prompt_ids: list[int], prompt: Callable[[], str], n: int, sampling: Mapping[str, Any]
+) -> list[Sample]:
+    model = getattr(getattr(server, "config", None), "model_name", "default")
+    arguments = {"model": model, "input_ids": prompt_ids, "n": n, **sampling}
+    call = getattr(server, "_tokens_and_logprobs_completion_wrapper", None)
+    if call is None:
+        call = server.tokens_and_logprobs_completion
+        arguments["prompt"] = prompt()
+    return _samples(await call(**arguments), n, url_of(server))
 
 
 def _samples(answer: Any, n: int, url: str | None) -> list[Sample]:
