@@ -1,0 +1,245 @@
+"""README and docs: every snippet runs, every command exists, every link leads somewhere, and every list is complete."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib.metadata
+import inspect
+import json
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from atroposlib.envs.base import APIServerConfig
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from hermes_atropos import cli, settings
+from hermes_atropos.environment import HermesEnvConfig
+from hermes_atropos.testing import ScriptedServer, chatml_tokenizer, tool_call
+from hermes_atropos.tokens.ledger import BreakCause
+from hermes_atropos.toolcalls import ParseStatus
+from hermes_atropos.trajectory import StopReason
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The language and the text of each block of code, in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.M | re.S)
+
+
+def commands(block: str) -> list[str]:
+    return [line.split("#")[0].strip() for line in block.splitlines()]
+
+
+def named(page: str) -> set[str]:
+    """What a page names in backquotes."""
+    return set(re.findall(r"`([A-Za-z_]+)`", (ROOT / page).read_text()))
+
+
+COMMANDS = sorted(
+    {
+        (str(page.relative_to(ROOT)), command)
+        for page in PAGES
+        for language, block in blocks(page)
+        if language == "bash"
+        for command in commands(block)
+    }
+)
+
+
+# ── Following a page from top to bottom ──────────────────────────────────────────────────────────────────────────────
+
+
+def model(messages: list[dict[str, str]]) -> str:
+    """Does what the pages' users ask for."""
+    match messages[-1]["content"]:
+        case "How many lines of Python are in this folder?":
+            return tool_call("terminal", command="cat *.py | wc -l")
+        case "Make the tests pass.":
+            return tool_call("terminal", command="echo 42 > answer.txt")
+        case "What is 2 + 3?":
+            return tool_call("add", a=2, b=3)
+        case said:
+            return f"I heard {said!r}."
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder of whoever follows a page; in ``repo`` is something to repair."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    modules = set(sys.modules)
+    (tmp_path / "script.py").write_text("x = 1\ny = 2\n")
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "Makefile").write_text("test:\n\tgrep -qx 42 answer.txt\n")
+    yield tmp_path
+    for name in set(sys.modules) - modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def names(folder: Path) -> dict[str, Any]:
+    """What the snippets of a page are given, and what they define."""
+    return {"server": ScriptedServer(model), "tokenizer": chatml_tokenizer(), "repo": str(folder / "repo")}
+
+
+@pytest.fixture
+def typed() -> Iterator[Any]:
+    """The keyboard of the README's application."""
+    with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
+        yield keyboard
+
+
+def follow(page: str, names: dict[str, Any]) -> None:
+    """Do what a page says.
+
+    A snippet runs in ``names``, or is written to the file that its first line names. Of the commands, those are run
+    that start such a file or look at a record.
+    """
+    with asyncio.Runner() as runner:
+        for language, block in blocks(ROOT / page):
+            file = re.match(r"# (\w+\.py)\n", block)
+            if language == "bash":
+                for command in commands(block):
+                    run(command)
+            elif file:
+                Path(file[1]).write_text(block)
+            elif language == "python":
+                code = compile(block, page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+                running = eval(code, names)
+                if inspect.isawaitable(running):
+                    runner.run(awaited(running))
+
+
+async def awaited(running: Any) -> None:
+    await running
+
+
+def run(command: str) -> None:
+    match shlex.split(command):
+        case ["python", file, *arguments] if Path(file).exists():
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(sys, "argv", [file, *arguments])
+                runpy.run_path(file, run_name="__main__")
+        case ["hermes-atropos", "view", *arguments]:
+            assert cli.main(["view", *arguments]) == 0
+
+
+def test_the_readme_runs(names: dict[str, Any], typed: Any, capsys: Any) -> None:
+    typed.send_text("Good morning.\n\n")
+    follow("README.md", names)
+    printed = capsys.readouterr().out
+    assert '"output": "2"' in printed, "the script counted the lines"
+    assert "I heard 'Good morning.'." in printed
+    assert names["check"].exit_code == 0
+    assert names["data"]["inference_logprobs"]
+    assert names["answer"].success
+
+
+def test_getting_started_leads_to_an_environment(names: dict[str, Any], folder: Path, capsys: Any) -> None:
+    follow("docs/getting-started.md", names)
+    printed = capsys.readouterr().out
+    assert printed.startswith("It is done. 4 completed\n")
+    assert "inference_logprobs" in printed
+    groups = [json.loads(line) for line in (folder / "data" / "sums.jsonl").read_text().splitlines()]
+    assert [sorted(group["scores"]) for group in groups] == [[0.0, 0.0, 1.0, 1.0]] * 2
+    assert all(group["inference_logprobs"] for group in groups)
+    assert (folder / "rollout.html").stat().st_size
+
+
+def test_results_runs(names: dict[str, Any], folder: Path, capsys: Any) -> None:
+    follow("docs/results.md", names)
+    assert "I heard" in capsys.readouterr().out
+    assert names["data"]["inference_logprobs"]
+    assert names["data"]["advantages"], "a step had a reward"
+    assert (folder / "rollout.html").stat().st_size
+
+
+def test_sandboxes_runs(names: dict[str, Any], folder: Path, capsys: Any) -> None:
+    follow("docs/sandboxes.md", names)
+    assert "notes.txt" in capsys.readouterr().out
+    assert names["exit_codes"] == [0, 0, 0]
+    assert not (folder / "repo" / "answer.txt").exists(), "they acted in copies"
+
+
+def test_servers_runs(names: dict[str, Any], capsys: Any) -> None:
+    follow("docs/servers.md", names)
+    assert "I heard 'Hello!'." in capsys.readouterr().out
+
+
+async def test_environments_runs(names: dict[str, Any], folder: Path) -> None:
+    await asyncio.to_thread(follow, "docs/environments.md", names)
+
+    class Server(ScriptedServer):
+        def __init__(self, config: APIServerConfig, reasoning_config: Any = None) -> None:
+            super().__init__(model)
+
+    names["tokenizer"].save_pretrained(folder / "tokenizer")
+    config = HermesEnvConfig(tokenizer_name=str(folder / "tokenizer"), group_size=2, use_wandb=False)
+    environment = type("Env", (names["Repairs"],), {"server_cls": Server})(config, [APIServerConfig()])
+    group, _ = await environment.collect_trajectories(await environment.get_next_item())
+    assert group["scores"] == [1.0, 1.0]
+
+
+def test_every_page_is_followed() -> None:
+    followed = set(re.findall(r'"((?:docs/)?[\w-]+\.md)", names\)', Path(__file__).read_text()))
+    with_snippets = {str(page.relative_to(ROOT)) for page in PAGES if "python" in dict(blocks(page))}
+    assert followed == with_snippets
+
+
+# ── What the pages say ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_every_command_exists(page: str, command: str) -> None:
+    words = shlex.split(re.sub(r"^([A-Z_]+=\S+ )+", "", command))
+    match words:
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+        case ["python", file, *_]:
+            written = re.findall(r"^```python\n# (\w+\.py)\n", (ROOT / page).read_text(), re.M)
+            assert file in written or (ROOT / file).is_file()
+        case ["hermes-atropos", *arguments]:
+            cli._parser().parse_args(arguments)
+        case [program] if program in importlib.metadata.entry_points(group="console_scripts").names:
+            pass
+        case _:
+            assert command in ("python3 -m venv .venv", "source .venv/bin/activate", "pip install .")
+
+
+def test_the_demo_is_the_example() -> None:
+    assert "examples/demo.py" in (ROOT / "Makefile").read_text().split("demo:")[1].split("\n\n")[0]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\((.*?)\)", page.read_text()) if not link.startswith("https://")]
+    assert links
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = page.parent / path
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert heading in [re.sub(r"[^\w-]", "", text.lower().replace(" ", "-")) for text in headings], link
+
+
+def test_lists_are_complete() -> None:
+    assert {str(reason) for reason in StopReason} - named("docs/results.md") == set()
+    assert {str(status) for status in ParseStatus} - named("docs/results.md") == set()
+    assert {str(cause) for cause in BreakCause} - named("docs/results.md") == set()
+    variables = set(re.findall(r"^``([A-Z_]+)``", settings.__doc__ or "", re.M))
+    assert variables
+    assert variables == {name for name in named("docs/settings.md") if re.match("(HERMES|ATROPOS)_", name)}
+    assert set(HermesEnvConfig.__annotations__) - named("docs/environments.md") == set()
