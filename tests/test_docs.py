@@ -11,9 +11,12 @@ import re
 import runpy
 import shlex
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from atroposlib.envs.base import APIServerConfig
@@ -23,13 +26,15 @@ from prompt_toolkit.output import DummyOutput
 
 from hermes_atropos import cli, settings
 from hermes_atropos.environment import HermesEnvConfig
+from hermes_atropos.exports import EXPORTS
+from hermes_atropos.hermes import seams
 from hermes_atropos.testing import ScriptedServer, chatml_tokenizer, tool_call
-from hermes_atropos.tokens.ledger import BreakCause
-from hermes_atropos.toolcalls import ParseStatus
+from hermes_atropos.tokens import BreakCause
+from hermes_atropos.toolcalls import FORMATS, ParseStatus
 from hermes_atropos.trajectory import StopReason
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -95,6 +100,38 @@ def names(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def address() -> Iterator[str]:
+    """Where a server says hello in the protocol of docs/extending.md."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            ids = chatml_tokenizer().encode("Hello.<|im_end|>")
+            answer = json.dumps({"ids": ids, "logprobs": [-0.5] * len(ids), "finish_reason": "stop"}).encode()
+            self.send_response(200 if self.path == "/sample" else 404)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def listings() -> Iterator[None]:
+    """What a page adds to the library's listings is taken out again."""
+    seams_known = len(seams.SEAMS)
+    with patch.dict(FORMATS), patch.dict(EXPORTS), patch.dict(seams.RELEASES):
+        yield
+    del seams.SEAMS[seams_known:]
+
+
+@pytest.fixture
 def typed() -> Iterator[Any]:
     """The keyboard of the README's application."""
     with create_pipe_input() as keyboard, create_app_session(input=keyboard, output=DummyOutput()):
@@ -131,7 +168,10 @@ def run(command: str) -> None:
         case ["python", file, *arguments] if Path(file).exists():
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(sys, "argv", [file, *arguments])
-                runpy.run_path(file, run_name="__main__")
+                try:
+                    runpy.run_path(file, run_name="__main__")
+                except SystemExit as ended:
+                    assert not ended.code, command
         case ["hermes-atropos", "view", *arguments]:
             assert cli.main(["view", *arguments]) == 0
 
@@ -192,8 +232,21 @@ async def test_environments_runs(names: dict[str, Any], folder: Path) -> None:
     assert group["scores"] == [1.0, 1.0]
 
 
+def test_extending_runs(names: dict[str, Any], address: str, listings: None, capsys: Any) -> None:
+    follow("docs/extending.md", names | {"address": address})
+    printed = capsys.readouterr().out
+    assert "I look. terminal {'command': 'ls'}" in printed
+    assert '"output": "hello"' in printed, "the registered format's call was run"
+    assert "Hello. 6" in printed, "the server's tokens are trained"
+    assert f"1 {[-0.5] * 6}" in printed, "the export has what was sampled"
+    assert "\n[]\n" in printed, "the installed release has all that the seams name"
+    assert "AIAgent.no_such_method" not in printed
+    assert "is missing" in printed
+    assert "'terminal'" in printed.splitlines()[-1]
+
+
 def test_every_page_is_followed() -> None:
-    followed = set(re.findall(r'"((?:docs/)?[\w-]+\.md)", names\)', Path(__file__).read_text()))
+    followed = set(re.findall(r'"((?:docs/)?[\w-]+\.md)", names', Path(__file__).read_text()))
     with_snippets = {str(page.relative_to(ROOT)) for page in PAGES if "python" in dict(blocks(page))}
     assert followed == with_snippets
 
@@ -224,7 +277,8 @@ def test_the_demo_is_the_example() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    links = [link for link in re.findall(r"\]\((.*?)\)", page.read_text()) if not link.startswith("https://")]
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    links = [link for link in re.findall(r"\]\((.*?)\)", prose) if not link.startswith("https://")]
     assert links
     for link in links:
         path, _, heading = link.partition("#")
@@ -243,3 +297,10 @@ def test_lists_are_complete() -> None:
     assert variables
     assert variables == {name for name in named("docs/settings.md") if re.match("(HERMES|ATROPOS)_", name)}
     assert set(HermesEnvConfig.__annotations__) - named("docs/environments.md") == set()
+
+
+def test_every_room_has_its_place_in_the_architecture() -> None:
+    package = ROOT / "hermes_atropos"
+    rooms = {path.stem for path in package.glob("[a-z]*") if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert {"cli", "exports"} <= rooms
+    assert rooms - named("docs/architecture.md") == set()
