@@ -14,7 +14,6 @@ from typing import Any
 
 import hermes_atropos
 from hermes_atropos.testing import ScriptedServer, tool_call
-from hermes_atropos.trajectory import AgentResult, write_record
 
 RECORD = Path("build/demo.jsonl")
 
@@ -38,7 +37,7 @@ async def main() -> None:
         total = await task.terminal("cat total.txt")
     trajectory = result["trajectory"]
     trajectory.metadata["score"] = score = float(total.output.strip() == "60")
-    write_record(trajectory, RECORD)
+    hermes_atropos.write_record(trajectory, RECORD)
 
     print_steps(trajectory)
     print(f"\nVerifier: total.txt says {total.output.strip()}, so the score is {score}")
@@ -50,7 +49,7 @@ async def main() -> None:
     print(f"\nThe trajectory is in {RECORD}; hermes-atropos view {RECORD} shows it")
 
 
-def print_steps(trajectory: AgentResult) -> None:
+def print_steps(trajectory: hermes_atropos.AgentResult) -> None:
     for step in trajectory.steps:
         print(f"\nStep {step.step_number}")
         answers = {answer.call_id: answer for answer in step.tool_results}
@@ -63,14 +62,14 @@ def print_steps(trajectory: AgentResult) -> None:
             print(f"  says {step.assistant_message!r}")
 
 
-def print_sequence(trajectory: AgentResult) -> None:
+def print_sequence(trajectory: hermes_atropos.AgentResult) -> None:
     [sequence] = trajectory.sequences
     sampled = [logprob for logprob, mask in zip(sequence.logprobs, sequence.masked_tokens, strict=True) if mask != -100]
-    print(f"Sequence: {len(sequence)} tokens, {sequence.trainable} of them sampled and trainable,")
+    print(f"Sequence: {len(sequence)} tokens, {sequence.trainable_tokens} of them sampled and trainable,")
     print(f"  with logprobs from {min(sampled)} to {max(sampled)}")
 
 
-def check_prompts(server: ScriptedServer, trajectory: AgentResult) -> None:
+def check_prompts(server: ScriptedServer, trajectory: hermes_atropos.AgentResult) -> None:
     """Each prompt is the last one, what was sampled, and the rendering of the new messages, token by token."""
 
     def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
@@ -89,7 +88,7 @@ def check_prompts(server: ScriptedServer, trajectory: AgentResult) -> None:
             expected = [*expected, *request.output_ids[0], *encode("\n" + render(new_messages[number]))]
 
 
-def check_ends_of_turns(server: ScriptedServer, trajectory: AgentResult) -> None:
+def check_ends_of_turns(server: ScriptedServer, trajectory: hermes_atropos.AgentResult) -> None:
     """Exactly one end token closes each turn, and the trainer gets what the server has."""
     start, end = server.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     tokens = trajectory.sequences[0].tokens

@@ -2,8 +2,8 @@
 
     python examples/environment.py process --env.total_steps 2 --env.use_wandb false
 
-writes two groups to ``data/sums.jsonl``; ``serve`` sends them to a trainer. ``hermes_atropos.environment.HermesEnv``
-has all of this built in.
+writes two groups to ``data/sums.jsonl``; ``serve`` sends them to a trainer. ``hermes_atropos.HermesEnv`` has all of
+this built in.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from atroposlib.envs.base import APIServerConfig, BaseEnv, BaseEnvConfig
 
 import hermes_atropos
 from hermes_atropos.testing import ScriptedServer, chatml_tokenizer, tool_call
-from hermes_atropos.trajectory import AgentResult, scored_group
 
 
 class Model(ScriptedServer):
@@ -41,7 +40,7 @@ class Model(ScriptedServer):
 
 class Sums(BaseEnv):
     name = "sums"
-    server_cls = Model  # to train, say StockVLLMServer of hermes_atropos.servers
+    server_cls = Model  # to train, say hermes_atropos.StockVLLMServer
 
     @classmethod
     def config_init(cls) -> tuple[BaseEnvConfig, list[APIServerConfig]]:
@@ -56,7 +55,7 @@ class Sums(BaseEnv):
     async def get_next_item(self) -> int:
         return next(self.items)
 
-    async def collect_trajectory(self, item: int) -> tuple[AgentResult, float]:
+    async def collect_trajectory(self, item: int) -> tuple[hermes_atropos.AgentResult, float]:
         async with self.agent.task() as task:
             result = await task.run(f"Write {item} + {item} to sum.txt.")
             check = await task.terminal(f"grep -qx {item + item} sum.txt")
@@ -66,7 +65,7 @@ class Sums(BaseEnv):
         """The default would leave out ``inference_logprobs``."""
         rollouts = await asyncio.gather(*[self.collect_trajectory(item) for _ in range(self.config.group_size)])
         results, scores = zip(*rollouts, strict=True)
-        return scored_group(results, scores), []
+        return hermes_atropos.scored_group(results, scores), []
 
     async def evaluate(self) -> None:
         pass

@@ -28,13 +28,19 @@ from hermes_atropos import cli, settings
 from hermes_atropos.environment import HermesEnvConfig
 from hermes_atropos.exports import EXPORTS
 from hermes_atropos.hermes import seams
+from hermes_atropos.servers import PROTOCOLS
 from hermes_atropos.testing import ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.tokens import BreakCause
 from hermes_atropos.toolcalls import FORMATS, ParseStatus
 from hermes_atropos.trajectory import StopReason
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "compat" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -107,11 +113,17 @@ def address() -> Iterator[str]:
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             ids = chatml_tokenizer().encode("Hello.<|im_end|>")
-            answer = json.dumps({"ids": ids, "logprobs": [-0.5] * len(ids), "finish_reason": "stop"}).encode()
-            self.send_response(200 if self.path == "/sample" else 404)
-            self.send_header("Content-Length", str(len(answer)))
+            self.answer("/sample", {"ids": ids, "logprobs": [-0.5] * len(ids), "finish_reason": "stop"})
+
+        def do_GET(self) -> None:
+            self.answer("/v1/models", {"data": [{"id": "local"}]})
+
+        def answer(self, path: str, body: dict[str, Any]) -> None:
+            text = json.dumps(body).encode()
+            self.send_response(200 if self.path == path else 404)
+            self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(text)
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -125,10 +137,12 @@ def address() -> Iterator[str]:
 @pytest.fixture
 def listings() -> Iterator[None]:
     """What a page adds to the library's listings is taken out again."""
-    seams_known = len(seams.SEAMS)
+    lists: list[list[Any]] = [PROTOCOLS, seams.SEAMS]
+    lengths = [len(listing) for listing in lists]
     with patch.dict(FORMATS), patch.dict(EXPORTS), patch.dict(seams.RELEASES):
         yield
-    del seams.SEAMS[seams_known:]
+    for listing, length in zip(lists, lengths, strict=True):
+        del listing[length:]
 
 
 @pytest.fixture
@@ -168,10 +182,12 @@ def run(command: str) -> None:
         case ["python", file, *arguments] if Path(file).exists():
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(sys, "argv", [file, *arguments])
+                code: Any = 0
                 try:
                     runpy.run_path(file, run_name="__main__")
                 except SystemExit as ended:
-                    assert not ended.code, command
+                    code = ended.code
+            assert not code, command
         case ["hermes-atropos", "view", *arguments]:
             assert cli.main(["view", *arguments]) == 0
 
@@ -238,6 +254,7 @@ def test_extending_runs(names: dict[str, Any], address: str, listings: None, cap
     assert "I look. terminal {'command': 'ls'}" in printed
     assert '"output": "hello"' in printed, "the registered format's call was run"
     assert "Hello. 6" in printed, "the server's tokens are trained"
+    assert "serves local and returns token ids (SampleServer)\nHello.\n" in printed, "probe knows the new protocol"
     assert f"1 {[-0.5] * 6}" in printed, "the export has what was sampled"
     assert "\n[]\n" in printed, "the installed release has all that the seams name"
     assert "AIAgent.no_such_method" not in printed
@@ -296,6 +313,7 @@ def test_lists_are_complete() -> None:
     variables = set(re.findall(r"^``([A-Z_]+)``", settings.__doc__ or "", re.M))
     assert variables
     assert variables == {name for name in named("docs/settings.md") if re.match("(HERMES|ATROPOS)_", name)}
+    assert {protocol.__name__ for protocol in PROTOCOLS} - named("docs/servers.md") == set()
     assert set(HermesEnvConfig.__annotations__) - named("docs/environments.md") == set()
 
 
