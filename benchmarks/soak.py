@@ -54,9 +54,12 @@ Model = Callable[[list[dict[str, str]]], "str | Reply"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=200)
-    parser.add_argument("--short", action="store_true", help="24 rollouts, and 8 for each fault")
+    parser.add_argument("--short", action="store_true", help="24 rollouts, 8 for each fault, a quicker model")
     options = parser.parse_args()
     rollouts, at_fault = (24, 8) if options.short else (options.rollouts, options.rollouts)
+    global LATENCY_S
+    if options.short:
+        LATENCY_S = 0.05
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # Hermes tells of each failed call
         checks, remains = asyncio.run(soak(rollouts, at_fault))
     figures = report(checks, remains)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import gc
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -224,19 +227,42 @@ def processes(owner: int | None = None) -> dict[int, str]:
 # ── Processes of their own ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_script(script: str, cwd: Path, *, limit: int = 100, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own, with this environment and nothing inherited beside the search path."""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=cwd,
-        env=script_environ(cwd, **environ),
-        capture_output=True,
-        text=True,
-        timeout=limit,
-        check=False,
-    )
+def run_script(
+    script: str, cwd: Path, *, limit: int = 100, fresh: bool = False, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own, with this environment and nothing inherited beside the search path.
+
+    Args:
+        limit: seconds that it may take.
+        fresh: start an interpreter, whose every import counts; else one that has imported third parties is forked.
+    """
+    if fresh:
+        command, given = [sys.executable, "-c", script], script_environ(cwd, **environ)
+        done = subprocess.run(command, cwd=cwd, env=given, capture_output=True, text=True, timeout=limit, check=False)
+    else:
+        done = forked(script, cwd, limit, script_environ(cwd, **environ))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+@functools.cache
+def template() -> subprocess.Popen[str]:
+    """The process that is forked; it ends with this one."""
+    command = [sys.executable, str(Path(__file__).with_name("template.py"))]
+    environ = {"PATH": os.environ["PATH"], "HOME": tempfile.gettempdir(), "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8"}
+    process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.communicate)
+    return process
+
+
+def forked(script: str, cwd: Path, limit: int, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    process = template()
+    with tempfile.NamedTemporaryFile("r+") as out, tempfile.NamedTemporaryFile("r+") as err:
+        job = {"script": script, "cwd": str(cwd), "environ": environ, "stdout": out.name, "stderr": err.name}
+        print(json.dumps(job | {"limit": limit}), file=process.stdin, flush=True)
+        assert process.stdout is not None
+        code = int(process.stdout.readline())
+        return subprocess.CompletedProcess([sys.executable, "-c", script], code, out.read(), err.read())
 
 
 def script_environ(cwd: Path, **environ: str) -> dict[str, str]:

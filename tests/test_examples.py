@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from pseudoterminal import PseudoTerminal
+from support import forked
 
 from hermes_atropos.trajectory import read_record
 
@@ -61,8 +62,11 @@ def folder(tmp_path: Path) -> Path:
 
 def run(example: str | Path, *arguments: str, cwd: Path, env: dict[str, str]) -> str:
     """What the example prints, if it ends well."""
-    command = [sys.executable, str(EXAMPLES / example), *arguments]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
+    path = str(EXAMPLES / example)
+    watch = Path(env["PYTHONPATH"].split(os.pathsep)[1], "sitecustomize.py")
+    script = f"import runpy, sys; runpy.run_path({str(watch)!r}); sys.argv = {[path, *arguments]!r}; "
+    script += f"sys.path[0] = {str(EXAMPLES)!r}; runpy.run_path({path!r}, run_name='__main__')"
+    done = forked(script, cwd, 100, env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -77,7 +77,7 @@ import sys
 import hermes_atropos, hermes_atropos.hermes.profile, hermes_atropos.trajectory, hermes_atropos.settings
 print(*{"run_agent", "hermes_constants", "transformers", "renderers", "torch"} & sys.modules.keys())
 """
-    assert run(script, tmp_path) == [""]
+    assert run_script(script, tmp_path, fresh=True).stdout.splitlines() == [""]
 
 
 def test_a_forked_process_leaves_the_home_to_its_parent(tmp_path: Path) -> None:

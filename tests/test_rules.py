@@ -80,7 +80,7 @@ def state():
 
 def test_rule_4_importing_the_environment_changes_nothing(tmp_path: Path) -> None:
     script = f"{STATE}\nbefore = state()\nimport hermes_atropos.environment\nprint(state() == before)"
-    assert run_script(script, tmp_path, OPENAI_API_KEY="sk-0123456789abcdef").stdout.split() == ["True"]
+    assert run_script(script, tmp_path, fresh=True, OPENAI_API_KEY="sk-0123456789abcdef").stdout.split() == ["True"]
 
 
 def test_rule_4_importing_any_room_changes_nothing(tmp_path: Path) -> None:
@@ -93,7 +93,10 @@ for name in names:
     importlib.import_module(name)
 print(len(names) > 40, [then for then, now in zip(before, state()) if then != now])
 """
-    assert run_script(script, tmp_path, HERMES_HOME=str(tmp_path / "home")).stdout.splitlines()[-1] == "True []"
+    assert (
+        run_script(script, tmp_path, fresh=True, HERMES_HOME=str(tmp_path / "home")).stdout.splitlines()[-1]
+        == "True []"
+    )
 
 
 @pytest.mark.parametrize("name", [str(path.relative_to(PACKAGE)) for path in sorted(PACKAGE.rglob("*.py"))])

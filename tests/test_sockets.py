@@ -152,7 +152,7 @@ class TestWithoutProfile:
 
     @pytest.mark.parametrize("configuration", CONFIGURATIONS.values(), ids=CONFIGURATIONS.keys())
     def test_the_user_s_own_home_is_used_as_always(self, configuration: str, user: Path, tmp_path: Path) -> None:
-        (user / ".hermes" / "config.yaml").write_text(configuration + "\n")
+        (user / ".hermes" / "config.yaml").write_text(f"{configuration}\nagent: {{environment_probe: false}}\n")
         noted = run(NOTES + RUN, tmp_path, HOME=str(user), **SECRETS)
         assert noted["sockets"] == []
         assert any(path.endswith("/config.yaml") for _, path in noted["files"])

@@ -30,6 +30,10 @@ __all__ = ["active_profile", "freeze_heap", "use_training_profile"]
 CONFIG = """\
 model:
   context_length: {context_length}
+agent:
+  # A line of the system prompt on the machine's Python, found by four processes in a second. Hermes leaves it out where
+  # that takes longer, so that the prompts of a group could differ.
+  environment_probe: false
 compression:
   enabled: {compression}
 memory:
