@@ -3,11 +3,11 @@
     HermesAtroposError
     ├── ConfigurationError            what was handed in cannot work; raised before any model call
     │   ├── NoServerError                 no server, and no base_url to find one at
-    │   ├── UnsupportedServerError        an object that is no atroposlib server
+    │   ├── UnsupportedServerError        an object that is not an atroposlib server
     │   ├── NoTokenizerError              tokens are to be tracked, and no tokenizer is known
     │   ├── ChatTemplateError             a tokenizer without a usable chat template
     │   ├── UnknownToolsetError           a toolset name that Hermes does not have
-    │   ├── WorkspaceError                a workspace that does not exist or is no directory
+    │   ├── WorkspaceError                a workspace that does not exist or is not a directory
     │   ├── ToolDefinitionError           a tool that cannot be described or registered
     │   ├── SettingsError                 an environment variable whose value cannot be read
     │   └── UnsupportedVersionError       a release of hermes-agent or atroposlib outside the supported range
@@ -15,7 +15,7 @@
     ├── BackendError                  a model call that failed for good; carries url, status, body, attempts
     │   ├── BackendConnectionError        nobody answered
     │   ├── BackendTimeoutError           no answer in time
-    │   ├── BackendResponseError          an answer that is an error, or no answer to what was asked
+    │   ├── BackendResponseError          an answer that is an error, or does not fit the request
     │   └── ContextLengthError            the prompt leaves no room for an answer
     ├── TokenFidelityError            tokens, masks or logprobs that do not fit what was sent and sampled
     ├── ToolCallRetriesError          a model whose tool calls stayed invalid; carries the messages
@@ -143,7 +143,7 @@ class BackendTimeoutError(BackendError, TimeoutError):
 
 
 class BackendResponseError(BackendError):
-    """The server answered with an error, or with something that is no answer to what was asked."""
+    """The server answered with an error, or with something that does not fit the request."""
 
 
 class ContextLengthError(BackendError):

@@ -219,7 +219,8 @@ def processes(owner: int | None = None) -> dict[int, str]:
             with contextlib.suppress(OSError):
                 state, parent, *_ = entry.joinpath("stat").read_text().rpartition(")")[2].split()
                 marked = f"{MARKER}={owner}-".encode() in entry.joinpath("environ").read_bytes()
-                if state != "Z" and (marked or int(parent) == owner):
+                ours = template.cache_info().currsize and int(entry.name) == template().pid
+                if state != "Z" and (marked or int(parent) == owner) and not ours:
                     found[int(entry.name)] = entry.joinpath("cmdline").read_text().replace("\0", " ")
     return found
 

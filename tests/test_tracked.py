@@ -337,7 +337,7 @@ def retried(error: Exception) -> RetryError:
         retried(ConnectionRefusedError()),
         BackendConnectionError("nobody there"),
     ],
-    ids=repr,
+    ids=lambda error: type(error).__name__,
 )
 async def test_what_may_pass_is_tried_again_with_the_same_ids(error: Exception) -> None:
     server = ScriptedServer([Reply(error=error), "Hello."])

@@ -31,8 +31,8 @@ CONFIG = """\
 model:
   context_length: {context_length}
 agent:
-  # A line of the system prompt on the machine's Python, found by four processes in a second. Hermes leaves it out where
-  # that takes longer, so that the prompts of a group could differ.
+  # A line of the system prompt on the machine's Python. On a busy machine it may come too late for some prompts of a
+  # group, which must be equal.
   environment_probe: false
 compression:
   enabled: {compression}
