@@ -247,10 +247,16 @@ def run_script(
 
 
 @functools.cache
+def template_home() -> tempfile.TemporaryDirectory[str]:
+    """What third parties took for the user's home when they were imported; nothing may be in it."""
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
 def template() -> subprocess.Popen[str]:
     """The process that is forked; it ends with this one."""
     command = [sys.executable, str(Path(__file__).with_name("template.py"))]
-    environ = {"PATH": os.environ["PATH"], "HOME": tempfile.gettempdir(), "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8"}
+    environ = {"PATH": os.environ["PATH"], "HOME": template_home().name, "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8"}
     process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(process.communicate)
     return process
@@ -262,7 +268,10 @@ def forked(script: str, cwd: Path, limit: int, environ: dict[str, str]) -> subpr
         job = {"script": script, "cwd": str(cwd), "environ": environ, "stdout": out.name, "stderr": err.name}
         print(json.dumps(job | {"limit": limit}), file=process.stdin, flush=True)
         assert process.stdout is not None
-        code = int(process.stdout.readline())
+        answer = process.stdout.readline()
+        assert answer, "tests/template.py has ended; its standard error says why"
+        assert os.listdir(template_home().name) == []
+        code = int(answer)
         return subprocess.CompletedProcess([sys.executable, "-c", script], code, out.read(), err.read())
 
 

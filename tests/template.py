@@ -1,7 +1,7 @@
 """A process that has imported what nearly every test process needs, Hermes and this library aside, and forks for each.
 
 It reads one job a line: the script, the folder, the environment, where to write, and after how many seconds to give up.
-For each it writes a line with the exit code.
+For each it writes a line with the exit code. Its own imports must call nobody and write nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def become(job: dict[str, object]) -> None:
     os.chdir(str(job["cwd"]))
     os.environ.clear()
     os.environ.update(dict(job["environ"]))  # type: ignore[call-overload]
-    sys.path[:0] = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.path[:1] = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     sys.argv = ["-c"]
     tempfile.tempdir = None  # it remembers the folder of another environment
     for number, (path, flags) in enumerate(
@@ -86,7 +86,13 @@ def run(script: str) -> int:
 
 
 if __name__ == "__main__":
+    calls: list[str] = []
+    sys.addaudithook(
+        lambda event, _: calls.append(event) if event in ("socket.connect", "socket.getaddrinfo") else None
+    )
     for package in PACKAGES:
         importlib.import_module(package)
+    if calls or os.listdir(os.environ["HOME"]):
+        sys.exit(f"importing third parties called {calls} and wrote {os.listdir(os.environ['HOME'])}")
     # Freeing all that was imported would take half a second.
     os._exit(run(next_script()))
