@@ -13,11 +13,12 @@ from packaging.version import Version
 from run_agent import AIAgent
 from support import agent_saying, server_of, terminal
 from tools import delegate_tool
+from tools.environments.local import LocalEnvironment
 
 from hermes_atropos.errors import ConfigurationError, UnsupportedVersionError
 from hermes_atropos.hermes import hooks, seams, versions
 from hermes_atropos.hermes.agent import AtroposAIAgent
-from hermes_atropos.hermes.seams import SEAMS, WRAPPED, Seam, acting_agent, acting_for
+from hermes_atropos.hermes.seams import ATTRIBUTES, SEAMS, WRAPPED, Seam, acting_agent, acting_for
 
 
 def owner_of(seam: Seam) -> tuple[Any, str]:
@@ -69,6 +70,33 @@ def test_a_parameter_that_is_gone_is_named(seam: Seam, unchecked: pytest.MonkeyP
     with pytest.raises(UnsupportedVersionError, match="does not accept") as caught:
         agent_saying("Hi.")
     assert all(parameter in str(caught.value) for parameter in seam.parameters or ())
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES["AIAgent"])
+def test_an_attribute_that_is_gone_is_named_at_construction(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    construct = AIAgent.__init__
+
+    def without(agent: Any, *args: Any, **options: Any) -> None:
+        construct(agent, *args, **options)
+        del vars(agent)[name]
+
+    monkeypatch.setattr(AIAgent, "__init__", without)
+    with pytest.raises(UnsupportedVersionError, match=f"AIAgent objects no longer have {name}"):
+        agent_saying("Hi.")
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES["LocalEnvironment"])
+async def test_an_attribute_of_the_terminal_that_is_gone_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    construct = LocalEnvironment.__init__
+
+    def without(environment: Any, *args: Any, **options: Any) -> None:
+        construct(environment, *args, **options)
+        del vars(environment)[name]
+
+    monkeypatch.setattr(LocalEnvironment, "__init__", without)
+    with pytest.raises(UnsupportedVersionError, match=f"LocalEnvironment objects no longer have {name}"):
+        async with agent_saying("Hi.").task():
+            pass
 
 
 def test_a_name_of_newer_releases_is_not_missed_in_older_ones(unchecked: pytest.MonkeyPatch) -> None:

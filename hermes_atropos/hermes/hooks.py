@@ -66,6 +66,7 @@ class Hooks(AIAgent):
         given = {"tool_delay": 0.0, "max_tokens": sampling.get("max_tokens"), **options, **IN_PROCESS}
         with seams.acting_for(self):
             AIAgent.__init__(self, **given)
+        seams.check_attributes(self, "AIAgent")
         self._active_children = seams.OurChildren(self, Hooks)
         self._api_max_retries = 1  # the backend retries what can succeed
         self._compression_feasibility_checked = True  # see _check_compression_model_feasibility

@@ -31,7 +31,19 @@ from hermes_atropos.runtime import once
 if TYPE_CHECKING:
     from hermes_atropos.hermes.hooks import Hooks
 
-__all__ = ["SEAMS", "WRAPPED", "OurChildren", "Release", "Seam", "acting_agent", "acting_for", "check", "release"]
+__all__ = [
+    "ATTRIBUTES",
+    "SEAMS",
+    "WRAPPED",
+    "OurChildren",
+    "Release",
+    "Seam",
+    "acting_agent",
+    "acting_for",
+    "check",
+    "check_attributes",
+    "release",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +137,12 @@ SEAMS: list[Seam] = [
         "LocalEnvironment",
         __init__="cwd timeout env",
         _kill_process="proc",
-        _run_bash=None,
+        _quote_cwd_for_cd="cwd",
         _wait_for_process="proc",
+        _wrap_command="command cwd",
         cleanup=None,
-        execute="command timeout",
+        execute="command timeout stdin_data",
+        get_temp_dir=None,
         init_session=None,
     ),
     Seam("tools.terminal_tool", "_active_environments"),
@@ -149,6 +163,29 @@ SEAMS: list[Seam] = [
     Seam("hermes_cli.auth", "PROVIDER_REGISTRY"),
 ]
 
+#: What an object of Hermes must have once it is constructed.
+ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
+    "AIAgent": (
+        *("_active_children", "_api_max_retries", "_interrupt_requested", "compression_enabled", "max_iterations"),
+        *("model", "save_trajectories", "tools"),
+    ),
+    "LocalEnvironment": ("_cwd_marker", "_snapshot_path", "_snapshot_ready", "env"),
+}
+
+
+def check_attributes(made: object, kind: str) -> None:
+    """Look for what ``ATTRIBUTES`` has of that kind; raises as :func:`check` does."""
+    missing = [name for name in ATTRIBUTES[kind] if not hasattr(made, name)]
+    if missing:
+        raise _changed(f"{kind} objects no longer have {', '.join(missing)}")
+
+
+def _changed(what: str) -> UnsupportedVersionError:
+    return UnsupportedVersionError(
+        f"hermes-agent {hermes_version() or 'of an unknown release'} has changed: {what}. hermes_atropos leans on it: "
+        "see hermes_atropos/hermes/seams.py for what is needed, and compat/README.md for the releases that were tried"
+    )
+
 
 @once
 def check() -> None:
@@ -163,11 +200,7 @@ def check() -> None:
             continue
         fault = seam.fault()
         if fault:
-            raise UnsupportedVersionError(
-                f"hermes-agent {installed or 'of an unknown release'} has changed: {seam.module}.{seam.name} {fault}. "
-                "hermes_atropos leans on it: see hermes_atropos/hermes/seams.py for what is needed, and "
-                "compat/README.md for the releases that were tried"
-            )
+            raise _changed(f"{seam.module}.{seam.name} {fault}")
     for place, ours in WRAPPED.items():
         _wrap(place, ours)
 
@@ -266,10 +299,9 @@ class OurChildren(list[Any]):
 
     def append(self, child: Any) -> None:
         if not isinstance(child, self._kind):
-            error = UnsupportedVersionError(
-                f"hermes-agent {hermes_version() or 'of an unknown release'} made a subagent of the class "
-                f"{type(child).__name__} past this library, which would not ask the rollout's server: "
-                "see hermes_atropos/hermes/seams.py"
+            error = _changed(
+                f"it made a subagent of the class {type(child).__name__} past this library, which would not ask the "
+                "rollout's server"
             )
             agent = self._agent()
             if agent is not None:

@@ -77,6 +77,7 @@ class TaskEnvironment(LocalEnvironment):
         super().__init__(
             cwd=str(folders.workspace), timeout=terminal_tool._get_env_config()["timeout"], env=folders.variables
         )
+        seams.check_attributes(self, "LocalEnvironment")
 
     def init_session(self) -> None:
         """Hermes starts a login shell here, which is slow: the user's own is started at the first command instead."""
