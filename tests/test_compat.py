@@ -20,7 +20,10 @@ def check():
 
 
 def test_what_is_checked_is_what_the_library_accepts(check):
-    for distribution, releases in {"hermes-agent": check.HERMES, "atroposlib": check.ATROPOSLIB}.items():
+    for distribution, releases in {
+        "hermes-agent": [*check.HERMES, *check.FORKS],
+        "atroposlib": check.ATROPOSLIB,
+    }.items():
         assert list(SpecifierSet(SUPPORTED[distribution]).filter(releases)) == list(releases)
 
 

@@ -285,7 +285,12 @@ def test_every_command_exists(page: str, command: str) -> None:
         case [program] if program in importlib.metadata.entry_points(group="console_scripts").names:
             pass
         case _:
-            assert command in ("python3 -m venv .venv", "source .venv/bin/activate", "pip install .")
+            assert command in (
+                "python3 -m venv .venv",
+                "source .venv/bin/activate",
+                "pip install .",
+                "pip install '.[hermes]'",
+            )
 
 
 def test_the_demo_is_the_example() -> None:

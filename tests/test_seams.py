@@ -43,7 +43,11 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam.module}.{seam.name}")
+#: Those of the installed release.
+HERE = [seam for seam in SEAMS if seam.is_in(versions.hermes_version())]
+
+
+@pytest.mark.parametrize("seam", HERE, ids=lambda seam: f"{seam.module}.{seam.name}")
 def test_what_is_gone_is_named_at_the_first_construction(seam: Seam, unchecked: pytest.MonkeyPatch) -> None:
     for owner, name in holders(seam):
         if isinstance(owner, type) or inspect.ismodule(owner):
@@ -60,7 +64,7 @@ def test_what_is_gone_is_named_at_the_first_construction(seam: Seam, unchecked: 
 
 
 @pytest.mark.parametrize(
-    "seam", [seam for seam in SEAMS if seam.parameters], ids=lambda seam: f"{seam.module}.{seam.name}"
+    "seam", [seam for seam in HERE if seam.parameters], ids=lambda seam: f"{seam.module}.{seam.name}"
 )
 def test_a_parameter_that_is_gone_is_named(seam: Seam, unchecked: pytest.MonkeyPatch) -> None:
     owner, name = holders(seam)[0]
@@ -103,6 +107,13 @@ def test_a_name_of_newer_releases_is_not_missed_in_older_ones(unchecked: pytest.
     unchecked.delattr("agent.runtime_cwd.set_session_cwd")
     unchecked.setattr(seams, "hermes_version", lambda: Version("0.15.2"))
     assert agent_saying("Hi.").chat("Hello!") == "Hi."
+
+
+def test_a_name_that_newer_releases_moved_is_looked_for_where_it_is() -> None:
+    moved = [seam for seam in SEAMS if seam.name == "cleanup_vm"]
+    for release, module in [("0.20.1", "tools.terminal_tool"), ("0.21", "tools.terminal_tool_lifecycle")]:
+        assert [seam.module for seam in moved if seam.is_in(Version(release))] == [module]
+    assert [seam.module for seam in moved if seam.is_in(None)] == ["tools.terminal_tool_lifecycle"]
 
 
 def test_every_method_that_is_overridden_is_in_the_table() -> None:

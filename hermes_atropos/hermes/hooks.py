@@ -63,7 +63,9 @@ class Hooks(AIAgent):
         self._sampling = sampling
         self._max_tool_call_retries = max_tool_call_retries
         self._saved = False
-        given = {"tool_delay": 0.0, "max_tokens": sampling.get("max_tokens"), **options, **IN_PROCESS}
+        given = {"max_iterations": 90, "max_tokens": sampling.get("max_tokens"), **options, **IN_PROCESS}
+        if HERMES_PARAMETERS["tool_delay"].default is not None:  # from 0.20 it is not used, and giving it warns
+            given.setdefault("tool_delay", 0.0)
         with seams.acting_for(self):
             AIAgent.__init__(self, **given)
         seams.check_attributes(self, "AIAgent")
@@ -198,6 +200,12 @@ class Hooks(AIAgent):
     def interrupt(self, message: str | None = None, *args: Any, **options: Any) -> Any:
         """Stop the model request, the tools and the subagents under way."""
         stopped = super().interrupt(message, *args, **options)
+        self._rollout.cancel_requests()
+        return stopped
+
+    def hard_interrupt(self, *args: Any, **options: Any) -> Any:
+        """From 0.20: as :meth:`interrupt`, which Hermes calls past this class here."""
+        stopped = super().hard_interrupt(*args, **options)
         self._rollout.cancel_requests()
         return stopped
 

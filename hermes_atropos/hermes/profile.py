@@ -129,6 +129,7 @@ def use_training_profile(
     )
     (home / "config.yaml").write_text(config, encoding="utf-8")
     os.environ.update(ENVIRONMENT, HERMES_HOME=str(home))
+    os.environ.setdefault("TMPDIR", tempfile.gettempdir())  # from 0.21, Hermes takes another, and prunes it
     _active = home
     for name in provider_credentials() - OTHER_USES - set(keep_env):
         os.environ.pop(name, None)

@@ -95,7 +95,7 @@ def stop_reason(result: Mapping[str, Any], rollout: Rollout, max_iterations: int
     exit_reason = str(result.get("turn_exit_reason") or "")
     if result.get("interrupted") or exit_reason.startswith("interrupted"):
         return StopReason.INTERRUPTED
-    if exit_reason.startswith(("max_iterations", "budget")):
+    if exit_reason.startswith(("max_iterations", "budget", "pending_tool_result")):
         return StopReason.ITERATION_LIMIT
     if exit_reason.startswith("empty_response"):
         return StopReason.EMPTY_RESPONSE

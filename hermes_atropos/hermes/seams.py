@@ -54,13 +54,20 @@ class Seam:
         module: where it is looked for.
         name: of a function, a class or a variable; ``Class.method`` for a method.
         parameters: names that it must accept; None for what is not called with names.
-        since: the first release that has it; None if every supported one has.
+        since, until: the first release that has it, and the first that no longer has; None where there is none.
     """
 
     module: str
     name: str
     parameters: tuple[str, ...] | None = None
     since: str | None = None
+    until: str | None = None
+
+    def is_in(self, installed: Version | None) -> bool:
+        """Whether a release has it; one that is not known counts as the newest."""
+        if installed is None:
+            return self.until is None
+        return Version(self.since or "0") <= installed and not (self.until and Version(self.until) <= installed)
 
     def fault(self) -> str | None:
         """What is wrong with it in the installed release; None if nothing is."""
@@ -116,7 +123,9 @@ SEAMS: list[Seam] = [
         run_conversation="user_message system_message conversation_history task_id stream_callback",
         steer="text",
     ),
+    Seam("run_agent", "AIAgent.hard_interrupt", ("message",), since="0.20"),
     Seam("agent.context_compressor", "call_llm"),
+    Seam("agent.turn_context", "_maybe_title_session_at_turn_start", since="0.20"),
     Seam("tools.delegate_tool", "delegate_task", ("goal", "context", "tasks", "parent_agent")),
     Seam("tools.delegate_tool", "_resolve_delegation_credentials", ("cfg", "parent_agent")),
     Seam("tools.environments.base", "set_activity_callback", ("cb",)),
@@ -150,9 +159,11 @@ SEAMS: list[Seam] = [
     Seam("tools.terminal_tool", "_get_env_config", ()),
     Seam("tools.terminal_tool", "_last_activity"),
     Seam("tools.terminal_tool", "_task_env_overrides"),
-    Seam("tools.terminal_tool", "cleanup_vm", ("task_id",)),
+    Seam("tools.terminal_tool", "cleanup_vm", ("task_id",), until="0.21"),
+    Seam("tools.terminal_tool_lifecycle", "cleanup_vm", ("task_id",), since="0.21"),
     Seam("tools.terminal_tool", "clear_task_env_overrides", ("task_id",)),
-    Seam("tools.terminal_tool", "get_active_env", ("task_id",)),
+    Seam("tools.terminal_tool", "get_active_env", ("task_id",), until="0.21"),
+    Seam("tools.terminal_tool_lifecycle", "get_active_env", ("task_id",), since="0.21"),
     Seam("tools.terminal_tool", "register_task_env_overrides", ("task_id", "overrides")),
     Seam("tools.terminal_tool", "terminal_tool", ("command", "task_id", "force")),
     Seam("tools.interrupt", "is_interrupted", ()),
@@ -196,9 +207,7 @@ def check() -> None:
     """
     installed = hermes_version()
     for seam in SEAMS:
-        if seam.since is not None and installed is not None and installed < Version(seam.since):
-            continue
-        fault = seam.fault()
+        fault = seam.fault() if seam.is_in(installed) else None
         if fault:
             raise _changed(f"{seam.module}.{seam.name} {fault}")
     for place, ours in WRAPPED.items():
@@ -272,12 +281,17 @@ def _summarise(agent: Hooks, original: Callable[..., Any], *args: Any, **options
     return agent._auxiliary_call(*args, **options)
 
 
+def _no_title(agent: Hooks, original: Callable[..., None], *args: Any, **options: Any) -> None:
+    """From 0.20, Hermes has the model of the user's configuration find a title for the session, on another thread."""
+
+
 #: What is wrapped in place: (module, name) → what is called in a rollout, with its agent and the original.
 WRAPPED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("run_agent", "AIAgent.__init__"): _construct,
     ("tools.delegate_tool", "_resolve_delegation_credentials"): _own_model_for_subagents,
     ("model_tools", "_resolve_active_context_length"): _unknown_context_length,
     ("agent.context_compressor", "call_llm"): _summarise,
+    ("agent.turn_context", "_maybe_title_session_at_turn_start"): _no_title,
 }
 
 
@@ -352,6 +366,12 @@ class Release:
         finally:
             token.var.reset(token)
 
+    def lifecycle(self) -> Any:
+        """The module that finds and closes terminal environments."""
+        from tools import terminal_tool_lifecycle
+
+        return terminal_tool_lifecycle
+
     def nobody_waits(self) -> None:
         """Tell Hermes' tools not to promise a later report: nobody is there to deliver it."""
         from gateway.session_context import declare_stateless_channel
@@ -359,7 +379,14 @@ class Release:
         declare_stateless_channel()
 
 
-class Before019(Release):
+class Before021(Release):
+    def lifecycle(self) -> Any:
+        from tools import terminal_tool
+
+        return terminal_tool
+
+
+class Before019(Before021):
     def nobody_waits(self) -> None:
         """These releases know no channel without a session."""
 
@@ -388,6 +415,7 @@ RELEASES: Mapping[str, type[Release]] = {
     "0.17": Before017,
     "0.18.2": Before0182,
     "0.19": Before019,
+    "0.21": Before021,
 }
 
 

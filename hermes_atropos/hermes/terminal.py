@@ -239,7 +239,7 @@ class HermesSandbox(Sandbox):
             self._folders.kill_processes()
             self._local.close()
         for task_id in self._registered:
-            terminal_tool.cleanup_vm(task_id)
+            seams.release().lifecycle().cleanup_vm(task_id)
             terminal_tool.clear_task_env_overrides(task_id)
         self._folders.remove()
 
@@ -257,10 +257,11 @@ class HermesSandbox(Sandbox):
         self._check_open()
         if self._local is not None:
             return self._local
-        found = terminal_tool.get_active_env(self.hermes_id)
+        get_active_env = seams.release().lifecycle().get_active_env
+        found = get_active_env(self.hermes_id)
         if found is None:
             answer = json.loads(terminal_tool.terminal_tool(command="true", task_id=self.hermes_id, force=True))
-            found = terminal_tool.get_active_env(self.hermes_id)
+            found = get_active_env(self.hermes_id)
             if found is None:
                 raise SandboxError(f"The terminal backend could not be opened: {answer.get('error') or answer}")
         return found

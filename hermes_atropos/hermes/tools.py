@@ -53,7 +53,7 @@ TERMINAL_NOTES = """\
 - A command that runs longer than its "timeout" (in seconds) is stopped with exit code 124: raise it for slow ones."""
 
 PROCESS_NOTES = """
-- Servers and watchers need "background": true; a trailing & and nohup are refused. Look after them with the process
+- Servers and watchers need "background": true; a trailing & and nohup are refused. Look after them with the {process}
   tool: nobody tells you when they end."""
 
 
@@ -90,7 +90,7 @@ class HermesTools(ToolRegistry):
         self._todos: dict[str, Any] = {}
         for definition in _usable(toolsets, disabled):
             name = definition["function"]["name"]
-            run = self._todo if name == "todo" else functools.partial(self._call_hermes, name)
+            run = self._todo if name in ("todo", "todo_list") else functools.partial(self._call_hermes, name)
             self._add(Tool(definition, run, blocking=True, parallel=name in HERMES_PARALLEL))
         if not self._tools:
             raise ToolDefinitionError(
@@ -127,7 +127,8 @@ class HermesTools(ToolRegistry):
     def notes(self) -> str:
         if "terminal" not in self:
             return ""
-        return TERMINAL_NOTES + (PROCESS_NOTES if "process" in self else "")
+        process = next((name for name in ("process", "process_manage") if name in self), None)
+        return TERMINAL_NOTES + (PROCESS_NOTES.format(process=process) if process else "")
 
     def _call_hermes(self, name: str, arguments: dict[str, Any], task_id: str | None) -> Any:
         from model_tools import handle_function_call

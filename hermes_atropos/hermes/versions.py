@@ -1,8 +1,13 @@
-"""Which releases of hermes-agent and atroposlib this library works with: those that ``compat/check.py`` proves."""
+"""Which releases of hermes-agent and atroposlib are installed, and whether this library was tried with them."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import functools
+import importlib.util
+import tomllib
+import warnings
+from importlib import metadata
+from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
@@ -11,32 +16,80 @@ from hermes_atropos.errors import UnsupportedVersionError
 
 __all__ = ["SUPPORTED", "check_versions", "hermes_version"]
 
-#: Distribution name → supported releases; pyproject.toml asks for the same. hermes-agent's internals, which the agent
-#: overrides, change from release to release; atroposlib has no server calls with token ids before 0.4.
-SUPPORTED = {"hermes-agent": ">=0.13,<0.20", "atroposlib": ">=0.4,<0.5"}
+#: Distribution name → the releases that ``compat/check.py`` proves. Before 0.4, atroposlib's servers take no token ids.
+SUPPORTED = {"hermes-agent": ">=0.13,<0.23", "atroposlib": ">=0.4,<0.5"}
+
+OLDEST_HERMES = Version("0.13")
+
+HOW_TO_INSTALL = (
+    "install a clone of https://github.com/NousResearch/hermes-agent in this environment (pip install -e), or its last "
+    "release on PyPI (pip install 'hermes-atropos[hermes]'); compat/README.md lists what was tried"
+)
 
 
 def check_versions() -> None:
-    """Refuse to run on upstream releases that were never tried. Reads package metadata only; imports neither package.
+    """Refuse what cannot work, and warn of what was never tried. Imports neither package.
+
+    Hermes of a release that was never tried may work: ``seams`` finds out.
 
     Raises:
-        UnsupportedVersionError: hermes-agent or atroposlib is missing, or of a release outside ``SUPPORTED``.
+        UnsupportedVersionError: hermes-agent or atroposlib is missing, or of a release that cannot work.
     """
-    for distribution, supported in SUPPORTED.items():
-        remedy = f"pip install '{distribution}{supported}' (compat/README.md lists what is proven)"
-        try:
-            installed = version(distribution)
-        except PackageNotFoundError:
-            raise UnsupportedVersionError(f"{distribution} is not installed: {remedy}") from None
-        if not SpecifierSet(supported).contains(installed, prereleases=True):
-            raise UnsupportedVersionError(
-                f"{distribution} {installed} is installed, but hermes_atropos works with {supported}: {remedy}"
-            )
-
-
-def hermes_version() -> Version | None:
-    """The release of hermes-agent that is installed; None where that is not known."""
+    if importlib.util.find_spec("run_agent") is None:
+        raise UnsupportedVersionError(f"hermes-agent is not installed: {HOW_TO_INSTALL}")
+    hermes = hermes_version()
+    if hermes is not None and hermes < OLDEST_HERMES:
+        raise UnsupportedVersionError(f"hermes-agent {hermes} is too old, {OLDEST_HERMES} is needed: {HOW_TO_INSTALL}")
+    if hermes is None or not SpecifierSet(SUPPORTED["hermes-agent"]).contains(hermes, prereleases=True):
+        warnings.warn(
+            f"hermes_atropos was tried with hermes-agent {SUPPORTED['hermes-agent']}, not with "
+            f"{hermes or 'a release that does not say which it is'}",
+            stacklevel=2,
+        )
+    remedy = f"pip install 'atroposlib{SUPPORTED['atroposlib']}'"
     try:
-        return Version(version("hermes-agent"))
-    except (PackageNotFoundError, InvalidVersion):
+        atroposlib = metadata.version("atroposlib")
+    except metadata.PackageNotFoundError:
+        raise UnsupportedVersionError(f"atroposlib is not installed: {remedy}") from None
+    if not SpecifierSet(SUPPORTED["atroposlib"]).contains(atroposlib, prereleases=True):
+        raise UnsupportedVersionError(
+            f"atroposlib {atroposlib} is installed, but hermes_atropos works with {SUPPORTED['atroposlib']}: {remedy}"
+        )
+
+
+@functools.cache
+def hermes_version() -> Version | None:
+    """The release of the Hermes that is imported as ``run_agent``; None where that is not known.
+
+    That of the distribution ``hermes-agent``, of the one that owns the module (a fork), or of the checkout's own
+    ``pyproject.toml``. A checkout may have the placeholder 0.0.0, which is not a release.
+    """
+    return _distribution("hermes-agent") or _owner() or _checkout()
+
+
+def _distribution(name: str) -> Version | None:
+    try:
+        return _release(metadata.version(name))
+    except metadata.PackageNotFoundError:
         return None
+
+
+def _owner() -> Version | None:
+    owners = metadata.packages_distributions().get("run_agent", [])
+    return next((found for owner in owners if (found := _distribution(owner))), None)
+
+
+def _checkout() -> Version | None:
+    spec = importlib.util.find_spec("run_agent")
+    project = Path(spec.origin).with_name("pyproject.toml") if spec and spec.origin else None
+    if project is None or not project.is_file():
+        return None
+    return _release(str(tomllib.loads(project.read_text("utf-8")).get("project", {}).get("version", "")))
+
+
+def _release(version: str) -> Version | None:
+    try:
+        release = Version(version)
+    except InvalidVersion:
+        return None
+    return release if release.release != (0, 0, 0) else None
