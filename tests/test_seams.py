@@ -104,7 +104,9 @@ async def test_an_attribute_of_the_terminal_that_is_gone_is_named(name: str, mon
 
 
 def test_a_name_of_newer_releases_is_not_missed_in_older_ones(unchecked: pytest.MonkeyPatch) -> None:
-    unchecked.delattr("agent.runtime_cwd.set_session_cwd")
+    unchecked.setattr(seams, "SEAMS", [Seam("model_tools", "no_such_thing", since="0.16")])
+    with pytest.raises(UnsupportedVersionError, match="no_such_thing is missing"):
+        agent_saying("Hi.")
     unchecked.setattr(seams, "hermes_version", lambda: Version("0.15.2"))
     assert agent_saying("Hi.").chat("Hello!") == "Hi."
 
