@@ -10,7 +10,7 @@
     │   ├── WorkspaceError                a workspace that does not exist or is not a directory
     │   ├── ToolDefinitionError           a tool that cannot be described or registered
     │   ├── SettingsError                 an environment variable whose value cannot be read
-    │   └── UnsupportedVersionError       a release of hermes-agent or atroposlib outside the supported range
+    │   └── UnsupportedVersionError       a hermes-agent or atroposlib that is missing, too old or has changed
     ├── BlockingCallError             a synchronous call where it could only deadlock
     ├── BackendError                  a model call that failed for good; carries url, status, body, attempts
     │   ├── BackendConnectionError        nobody answered
@@ -98,7 +98,7 @@ class SettingsError(ConfigurationError):
 
 
 class UnsupportedVersionError(ConfigurationError):
-    """The installed hermes-agent or atroposlib is outside the range that ``compat/`` proves."""
+    """hermes-agent or atroposlib is missing, of a release that cannot work, or lacks what the library leans on."""
 
 
 class BlockingCallError(HermesAtroposError, RuntimeError):

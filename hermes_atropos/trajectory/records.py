@@ -171,11 +171,10 @@ def _fidelity(written: dict[str, Any] | None) -> FidelityReport | None:
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """Versions of what makes a rollout what it is, without importing any of it."""
-    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in ("hermes-atropos", "hermes-agent", "atroposlib", "renderers", "transformers"):
-        try:
-            versions[name] = distributions.version(name)
-        except distributions.PackageNotFoundError:
-            continue
-    return versions
+    """Versions of what makes a rollout what it is, without importing any of it; a fork of Hermes by its own name."""
+    names = ["hermes-atropos", "hermes-agent", "atroposlib", "renderers", "transformers"]
+    installed = {found.name for found in distributions.distributions()}
+    if "hermes-agent" not in installed:
+        names[1:2] = distributions.packages_distributions().get("run_agent", [])
+    versions = {name: distributions.version(name) for name in names if name in installed}
+    return {"python": ".".join(map(str, sys.version_info[:3]))} | versions
