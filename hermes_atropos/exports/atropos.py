@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hermes_atropos.errors import ConfigurationError, TokenFidelityError, UntrackedError
+from hermes_atropos.exports.listing import register
 from hermes_atropos.tokens import Sequence as TokenSequence
 from hermes_atropos.tokens import Span
 from hermes_atropos.values import is_number, plain
@@ -188,6 +189,7 @@ def scored_items(result: AgentResult, score: float, *, include_discarded: bool =
     ]
 
 
+@register("atropos")
 def scored_group(
     results: Sequence[AgentResult], scores: Sequence[float], *, include_discarded: bool = False
 ) -> dict[str, Any]:

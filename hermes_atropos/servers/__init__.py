@@ -13,10 +13,15 @@ class                    speaks to                                    at
 Each fits ``ServerManager(configs, server_class=…)`` and ``BaseEnv.server_cls``.
 """
 
-from hermes_atropos.servers.atropos import AtroposVLLMServer
-from hermes_atropos.servers.http import Choice, OpenAIEndpoint, TokenServer
+from hermes_atropos.servers.http import PROTOCOLS, Choice, OpenAIEndpoint, TokenServer, register
+
+# Each registers its protocols: a URL is asked for them in this order.
+# isort: off
+from hermes_atropos.servers.vllm import StockVLLMServer
 from hermes_atropos.servers.sglang import StockSGLangServer
-from hermes_atropos.servers.vllm import StockVLLMServer, VLLMGenerateServer
+from hermes_atropos.servers.atropos import AtroposVLLMServer
+from hermes_atropos.servers.vllm_generate import VLLMGenerateServer
+# isort: on
 
 __all__ = [
     "PROTOCOLS",
@@ -27,7 +32,5 @@ __all__ = [
     "StockVLLMServer",
     "TokenServer",
     "VLLMGenerateServer",
+    "register",
 ]
-
-#: The protocols with token ids, in the order in which what answers at a URL is asked for them.
-PROTOCOLS: list[type[TokenServer]] = [StockVLLMServer, StockSGLangServer, AtroposVLLMServer, VLLMGenerateServer]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from hermes_atropos.servers.http import Choice, TokenServer
+from hermes_atropos.servers.http import Choice, TokenServer, register
 
 __all__ = ["AtroposVLLMServer"]
 
 
+@register
 class AtroposVLLMServer(TokenServer):
     """The vLLM server that Atropos ships with its example trainer, through its ``/generate``.
 
     ``logprobs[choice][position]`` is ``[{id: logprob}]`` of the sampled token; newer versions echo the prompt.
     """
 
-    async def _question(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    async def build_request(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         # max_tokens None is "as long as the context allows"; unset would be 16.
         return f"{self.root}/generate", {
             "prompt": {"prompt_token_ids": prompt_ids},
@@ -24,7 +25,7 @@ class AtroposVLLMServer(TokenServer):
             **sampling,
         }
 
-    def _read(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
+    def read_answer(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
         sampled = [[next(iter(place[0].items())) for place in choice] for choice in answer["logprobs"]]
         return answer.get("prompt_token_ids"), [
             ([int(token) for token, _ in places], [logprob for _, logprob in places], reason)

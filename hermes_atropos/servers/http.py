@@ -14,7 +14,7 @@ import re
 from abc import abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -33,7 +33,7 @@ from hermes_atropos.errors import (
 from hermes_atropos.rendering.tokenizers import load_tokenizer
 from hermes_atropos.servers.failures import response_error, unexpected
 
-__all__ = ["Choice", "OpenAIEndpoint", "TokenServer"]
+__all__ = ["PROTOCOLS", "Choice", "OpenAIEndpoint", "TokenServer", "register"]
 
 # uvicorn, under vLLM and SGLang, drops an idle connection after 5 s: let go of it before it does.
 KEEPALIVE_S = 4.0
@@ -214,24 +214,24 @@ class TokenServer(OpenAIEndpoint):
         for alias in ("max_new_tokens", "max_completion_tokens"):
             if alias in sampling:
                 sampling["max_tokens"] = sampling.pop(alias)
-        url, body = await self._question(list(prompt_ids), sampling)
+        url, body = await self.build_request(list(prompt_ids), sampling)
         answer = await self.request("POST", url, body)
         try:
-            echo, choices = self._read(answer)
+            echo, choices = self.read_answer(answer)
             outputs, logprobs, reasons = (list(column) for column in zip(*choices, strict=True))
         except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
             raise unexpected(url, answer, f"{type(error).__name__}: {error}") from error
         return echo or list(prompt_ids), outputs, logprobs, reasons
 
     @abstractmethod
-    async def _question(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    async def build_request(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """URL and body of a request."""
 
     @abstractmethod
-    def _read(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
+    def read_answer(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
         """The prompt's echo and the choices; whatever a lookup raises means that the answer is not of this protocol."""
 
-    async def _max_tokens(self, prompt_ids: list[int], wanted: int | None) -> int | None:
+    async def max_tokens_for(self, prompt_ids: list[int], wanted: int | None) -> int | None:
         """What the context leaves of the ``max_tokens`` wanted; servers refuse a request for more."""
         async with (await self._here()).lock:
             if self.context_length is None and not self._was_asked:
@@ -254,6 +254,18 @@ class TokenServer(OpenAIEndpoint):
             lengths = {card["id"]: card.get("max_model_len") for card in listed["data"]}
             return lengths.get(self.config.model_name) or next(iter(lengths.values()), None)
         return None
+
+
+#: The protocols with token ids, in the order in which what answers at a URL is asked for them.
+PROTOCOLS: list[type[TokenServer]] = []
+
+SomeServer = TypeVar("SomeServer", bound=type[TokenServer])
+
+
+def register(protocol: SomeServer) -> SomeServer:
+    """Class decorator: add a protocol to ``PROTOCOLS``."""
+    PROTOCOLS.append(protocol)
+    return protocol
 
 
 # Arguments of atroposlib's calls that are not for the sampler.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hermes_atropos.servers.http import Choice, TokenServer
+from hermes_atropos.servers.http import Choice, TokenServer, register
 
 __all__ = ["StockSGLangServer"]
 
 
+@register
 class StockSGLangServer(TokenServer):
     """SGLang, stock or started by Atropos, through its native ``/generate``; the prompt is not echoed.
 
@@ -18,15 +19,15 @@ class StockSGLangServer(TokenServer):
     what the trainer passed with its last weight update.
     """
 
-    async def _question(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    async def build_request(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         # None is "as long as the context allows"; unset would be 128.
-        sampling["max_new_tokens"] = await self._max_tokens(prompt_ids, sampling.pop("max_tokens", None))
+        sampling["max_new_tokens"] = await self.max_tokens_for(prompt_ids, sampling.pop("max_tokens", None))
         for ours, theirs in (("seed", "sampling_seed"), ("min_tokens", "min_new_tokens")):
             if ours in sampling:
                 sampling[theirs] = sampling.pop(ours)
         return f"{self.root}/generate", {"input_ids": prompt_ids, "sampling_params": sampling, "return_logprob": True}
 
-    def _read(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
+    def read_answer(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
         return None, [
             self._choice(choice["meta_info"]) for choice in (answer if isinstance(answer, list) else [answer])
         ]

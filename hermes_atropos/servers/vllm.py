@@ -1,4 +1,4 @@
-"""vLLM, as it is served without a trainer's help."""
+"""vLLM through its OpenAI-compatible completions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from hermes_atropos.errors import BackendResponseError
 from hermes_atropos.servers.failures import BODY_KEPT
-from hermes_atropos.servers.http import Choice, TokenServer
+from hermes_atropos.servers.http import Choice, TokenServer, register
 
-__all__ = ["StockVLLMServer", "VLLMGenerateServer"]
+__all__ = ["StockVLLMServer"]
 
 
+@register
 class StockVLLMServer(TokenServer):
     """Stock ``vllm serve``, through ``/v1/completions`` with token ids in and ``return_token_ids``.
 
@@ -21,8 +22,8 @@ class StockVLLMServer(TokenServer):
     ``return_tokens_as_token_ids``, and the prompt is not echoed.
     """
 
-    async def _question(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        max_tokens = await self._max_tokens(prompt_ids, sampling.get("max_tokens"))
+    async def build_request(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        max_tokens = await self.max_tokens_for(prompt_ids, sampling.get("max_tokens"))
         if max_tokens is None:  # vLLM would stop after 16 tokens
             raise BackendResponseError(
                 f"{self.root} does not say how long its context is: pass max_tokens",
@@ -38,7 +39,7 @@ class StockVLLMServer(TokenServer):
             "max_tokens": max_tokens,
         }
 
-    def _read(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
+    def read_answer(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         return choices[0].get("prompt_token_ids"), [self._choice(choice) for choice in choices]
 
@@ -57,30 +58,3 @@ class StockVLLMServer(TokenServer):
                 )
             ids = [int(token.removeprefix("token_id:")) for token in tokens]
         return ids, logprobs.get("token_logprobs") or [], choice["finish_reason"]
-
-
-class VLLMGenerateServer(TokenServer):
-    """vLLM through ``/inference/v1/generate``, which never turns tokens into text; the prompt is not echoed.
-
-    https://docs.vllm.ai/en/latest/api/vllm/entrypoints/serve/disagg/protocol/. Newer releases want ``--tokens-only`` or
-    ``--enable-scale-out`` for it, and answer 403 without.
-    """
-
-    async def _question(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        # max_tokens None is "as long as the context allows"; unset would be 16 in older releases.
-        sampling["max_tokens"] = await self._max_tokens(prompt_ids, sampling.get("max_tokens"))
-        return f"{self.root}/inference/v1/generate", {
-            "model": self.config.model_name,
-            "token_ids": prompt_ids,
-            "sampling_params": {"logprobs": 0, **sampling},
-        }
-
-    def _read(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
-        return None, [
-            (
-                choice["token_ids"],
-                [place["logprob"] for place in choice["logprobs"]["content"]],
-                choice["finish_reason"],
-            )
-            for choice in sorted(answer["choices"], key=lambda choice: choice["index"])
-        ]
