@@ -205,13 +205,14 @@ def check() -> None:
     Raises:
         UnsupportedVersionError: Hermes lacks something; the message names it, the release, and where to look.
     """
-    installed = hermes_version()
-    for seam in SEAMS:
-        fault = seam.fault() if seam.is_in(installed) else None
+    here = [seam for seam in SEAMS if seam.is_in(hermes_version())]
+    for seam in here:
+        fault = seam.fault()
         if fault:
             raise _changed(f"{seam.module}.{seam.name} {fault}")
-    for place, ours in WRAPPED.items():
-        _wrap(place, ours)
+    for seam in here:
+        if (seam.module, seam.name) in WRAPPED:
+            _wrap(seam, WRAPPED[seam.module, seam.name])
 
 
 # ── What runs for one of our agents ──────────────────────────────────────────────────────────────────────────────────
@@ -236,14 +237,10 @@ def acting_agent() -> Hooks | None:
     return None if reference is None else reference()
 
 
-def _wrap(place: tuple[str, str], ours: Callable[..., Any]) -> None:
-    module, name = place
-    *parts, last = name.split(".")
-    try:
-        owner = functools.reduce(getattr, parts, importlib.import_module(module))
-        original = getattr(owner, last)
-    except (ImportError, AttributeError):
-        return  # not in this release, or ``check`` had said so
+def _wrap(seam: Seam, ours: Callable[..., Any]) -> None:
+    *parts, last = seam.name.split(".")
+    owner = functools.reduce(getattr, parts, importlib.import_module(seam.module))
+    original = getattr(owner, last)
 
     @functools.wraps(original)
     def wrapped(*args: Any, **options: Any) -> Any:
