@@ -2,10 +2,23 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test format lock compat bench soak clean
+.PHONY: demo learn learn-short trl test test-newest format lock compat engines hermes-tests hermes-cli bench soak clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
+
+# The model of the demo learns its errands: engine, environment, Atropos' API and trainer, each a process. Stopped, it
+# goes on where it was.
+learn: build/learn/installed
+	build/learn/bin/python examples/learn/learn.py build/runs/learn
+
+learn-short: build/learn/installed
+	rm -rf build/runs/short
+	build/learn/bin/python examples/learn/learn.py build/runs/short --short
+
+# The same errands with TRL's trainer, in one process.
+trl: build/trl/installed
+	build/trl/bin/python examples/trl/train.py build/runs/trl
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -13,6 +26,11 @@ test: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -n auto --dist loadfile
+
+# What leans on Hermes, on the newest release that was tried: a fork on PyPI stands in for upstream's checkout.
+test-newest: build/newest/installed
+	build/newest/bin/pytest -n auto --dist loadfile tests/test_agent*.py tests/test_sandbox*.py \
+		tests/test_seams.py tests/test_sockets.py tests/test_tools.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -22,10 +40,26 @@ format: .venv/installed
 lock: .venv/installed
 	$(BIN)/uv pip compile pyproject.toml --extra hermes --group dev --universal --upgrade --generate-hashes --no-emit-index-url \
 		--no-annotate --custom-compile-command "make lock" --quiet --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml compat/newest.in --group dev --universal --upgrade --generate-hashes --no-emit-index-url \
+		--no-annotate --custom-compile-command "make lock" --quiet --output-file compat/newest.lock
 
-# Proves every supported pair of hermes-agent and atroposlib, and writes the table in compat/README.md.
+# Proves every supported pair of hermes-agent and atroposlib, and other agents on the proxy, and writes the tables in compat.
 compat: .venv/installed
 	$(BIN)/python compat/check.py --all
+	$(BIN)/python compat/harnesses.py
+
+# Hermes' own tests, with our class in place of Hermes': CHECKOUT is a clone at the tag of the release in .venv.
+hermes-tests: .venv/installed
+	$(BIN)/python compat/hermes_tests.py $(CHECKOUT)
+
+# Hermes' interactive command line, stock beside ours, in pseudo-terminals. Its times are those of people at a prompt: on
+# a machine with much else to do it fails.
+hermes-cli: .venv/installed
+	$(BIN)/pytest tests/interactive.py
+
+# Serves a tiny model with vLLM and SGLang on the CPU, recomputes every sampled logprob, and writes docs/engines.md.
+engines: .venv/installed
+	$(BIN)/python compat/engines/prove.py
 
 # The short forms; without --short each script takes minutes and prints the figures that count.
 bench: .venv/installed
@@ -44,6 +78,28 @@ clean:
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 		--require-hashes --requirement requirements.lock
+	touch $@
+
+build/newest/locked: compat/newest.lock
+	$(PYTHON) -m venv --clear build/newest
+	build/newest/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		--require-hashes --requirement compat/newest.lock
+	touch $@
+
+build/newest/installed: build/newest/locked pyproject.toml
+	build/newest/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+# PyTorch by itself: the lock is for every platform, and its builds are many.
+build/learn/locked build/trl/locked: build/%/locked: requirements.lock examples/%/requirements.txt
+	$(PYTHON) -m venv --clear build/$*
+	build/$*/bin/pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		--require-hashes --requirement requirements.lock
+	build/$*/bin/pip install --quiet --disable-pip-version-check --requirement examples/$*/requirements.txt
+	touch $@
+
+build/learn/installed build/trl/installed: build/%/installed: build/%/locked pyproject.toml
+	build/$*/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
 .venv/installed: .venv/locked pyproject.toml

@@ -6,7 +6,7 @@ sandbox of its own. Each side runs in a fresh process, ours after each run of st
 neighbouring runs, because a shared machine is slower in one minute than in the next. The last line printed is one JSON
 object of the figures.
 
-    python benchmarks/harness.py [--rollouts 64] [--rounds 3] [--short]
+    python benchmarks/harness.py [--rollouts 64] [--rounds 3] [--sandbox folder|none] [--short]
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="8 rollouts, one round")
+    parser.add_argument("--sandbox", choices=["folder", "walled", "none"], default="walled", help="of our side")
     parser.add_argument("--side", choices=["stock", "ours", "stub"], help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -54,7 +55,10 @@ def compare(options: argparse.Namespace) -> None:
     runs: dict[str, list[dict[str, Any]]] = {"ours": []} | {f"stock_{threads}": [] for threads in STOCK_THREADS}
     for _ in range(options.rounds):
         for threads in STOCK_THREADS:
-            stock, ours = run_side("stock", options.rollouts, threads), run_side("ours", options.rollouts)
+            stock, ours = (
+                run_side("stock", options.rollouts, threads),
+                run_side("ours", options.rollouts, sandbox=options.sandbox),
+            )
             runs[f"stock_{threads}"].append(stock | {"ratio": ours["calls_per_s"] / stock["calls_per_s"]})
             runs["ours"].append(ours)
     medians = {
@@ -79,11 +83,23 @@ def compare(options: argparse.Namespace) -> None:
     )
 
 
-def run_side(side: str, rollouts: int, threads: int = 0) -> dict[str, Any]:
+def run_side(side: str, rollouts: int, threads: int = 0, sandbox: str = "folder") -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as home:
         environment = {**os.environ, "HERMES_HOME": f"{home}/.hermes", "TERMINAL_CWD": home}
-        arguments = [sys.executable, __file__, "--side", side, "--rollouts", str(rollouts), "--threads", str(threads)]
-        done = subprocess.run(arguments, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=900)
+        arguments = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--side",
+            side,
+            "--rollouts",
+            str(rollouts),
+            "--threads",
+            str(threads),
+        ]
+        arguments += ["--sandbox", sandbox]
+        done = subprocess.run(
+            arguments, env=environment, cwd=home, stdout=subprocess.PIPE, text=True, check=True, timeout=900
+        )
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
@@ -110,6 +126,7 @@ async def run_ours(options: argparse.Namespace) -> dict[str, float]:
     use_training_profile()
     from hermes_atropos import AtroposAIAgent
     from hermes_atropos.hermes.terminal import HermesSandbox
+    from hermes_atropos.hermes.walled import WalledSandbox
 
     server = quick_server(terminal_replies())
 
@@ -119,7 +136,10 @@ async def run_ours(options: argparse.Namespace) -> dict[str, float]:
     agent = construct()
 
     async def rollout() -> None:
-        async with agent.task() as task:
+        if options.sandbox == "none":
+            assert (await agent.run_conversation_async("Do the steps."))["api_calls"] == COMMANDS + 1
+            return
+        async with agent.task(sandbox=options.sandbox) as task:
             result = await task.run("Do the steps.")
             assert result["api_calls"] == COMMANDS + 1, result["error"]
             assert (await task.read_file(f"step{COMMANDS - 1}.txt")).startswith("step")
@@ -128,7 +148,7 @@ async def run_ours(options: argparse.Namespace) -> dict[str, float]:
     start = time.perf_counter()
     await asyncio.gather(*[rollout() for _ in range(options.rollouts)])
     seconds = time.perf_counter() - start
-    sandboxes = [timed(HermesSandbox) for _ in range(20)]
+    sandboxes = [timed(WalledSandbox if options.sandbox == "walled" else HermesSandbox) for _ in range(20)]
     for _, sandbox in sandboxes:
         sandbox.release()
     constructed = [timed(construct)[0] for _ in range(20)]
@@ -145,6 +165,8 @@ def run_stock(options: argparse.Namespace) -> dict[str, float]:
     try:
         from run_agent import AIAgent
         from tools import terminal_tool
+
+        from hermes_atropos.hermes.releases import release
 
         def construct() -> AIAgent:
             return AIAgent(
@@ -165,14 +187,14 @@ def run_stock(options: argparse.Namespace) -> dict[str, float]:
             workspace = tempfile.mkdtemp(dir=home)
             terminal_tool.register_task_env_overrides(task_id, {"env_type": "local", "cwd": workspace})
             result = construct().run_conversation("Do the steps.", task_id=task_id)
-            terminal_tool.cleanup_vm(task_id)
+            release().lifecycle().cleanup_vm(task_id)
             terminal_tool.clear_task_env_overrides(task_id)
             assert result["api_calls"] == COMMANDS + 1, result.get("error")
 
         rollout(-1)
         with ThreadPoolExecutor(options.threads) as pool:
             seconds, _ = timed(lambda: list(pool.map(rollout, range(options.rollouts))))
-        opened = [timed(lambda: open_stock_environment(terminal_tool)) for _ in range(5)]
+        opened = [timed(open_stock_environment) for _ in range(5)]
         return figures_of(
             options.rollouts, seconds, [timed(construct)[0] for _ in range(20)], [seconds for seconds, _ in opened]
         )
@@ -181,10 +203,10 @@ def run_stock(options: argparse.Namespace) -> dict[str, float]:
         stub.wait()
 
 
-def open_stock_environment(terminal_tool: Any) -> None:
-    terminal_tool._create_environment(
-        env_type="local", image="", cwd=tempfile.gettempdir(), timeout=60, task_id="opened"
-    ).cleanup()
+def open_stock_environment() -> None:
+    from tools.environments.local import LocalEnvironment
+
+    LocalEnvironment(cwd=tempfile.gettempdir(), timeout=60).cleanup()
 
 
 def serve_stub() -> None:

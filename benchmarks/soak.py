@@ -5,7 +5,10 @@ tools answer shows whether it saw another's files or exports. Then as many rollo
 check follows, for each fault. The last line printed is one JSON object of the figures; the exit code is 1 if a rollout
 did not end as it should or left something behind.
 
-    python benchmarks/soak.py [--rollouts 200] [--short]
+On a busy machine the loop is late because others compute. So what is printed beside is the part of a delay in which
+this process computed itself, and the machine's load.
+
+    python benchmarks/soak.py [--rollouts 200] [--sandbox walled] [--short]
 """
 
 from __future__ import annotations
@@ -40,11 +43,15 @@ PROFILE = use_training_profile()
 from tools import terminal_tool  # noqa: E402  (Hermes' own, once it knows its home)
 
 from hermes_atropos import AtroposAIAgent, StopReason  # noqa: E402
+from hermes_atropos.harness import Task  # noqa: E402
 from hermes_atropos.sandbox.processes import MARKER  # noqa: E402
 from hermes_atropos.testing import Reply, ScriptedServer, tool_call  # noqa: E402
 
 LATENCY_S = 0.2
 MALFORMED = '<tool_call>\n{"name": "terminal", "arguments": {"command": }\n</tool_call>'
+#: Where every rollout's tools act: ``--sandbox``.
+SANDBOX = "folder"
+
 LOOK = 'echo "$MARK $(cat mark) $(cat notes) $(ls | tr "\\n" " ")"'
 HANGING = "bash -c 'sleep 1000 & setsid sleep 1000 & sleep 1000'"
 
@@ -54,8 +61,11 @@ Model = Callable[[list[dict[str, str]]], "str | Reply"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=200)
+    parser.add_argument("--sandbox", choices=["folder", "walled"], default="folder", help="of every rollout")
     parser.add_argument("--short", action="store_true", help="24 rollouts, 8 for each fault, a quicker model")
     options = parser.parse_args()
+    global SANDBOX
+    SANDBOX = options.sandbox
     rollouts, at_fault = (24, 8) if options.short else (options.rollouts, options.rollouts)
     global LATENCY_S
     if options.short:
@@ -73,20 +83,23 @@ async def soak(rollouts: int, at_fault: int) -> tuple[dict[str, Check], list[str
     before = set(left())
     checks = {"health": await health(rollouts)}
     for name, fault in FAULTS.items():
-        wrong = await meet(fault, at_fault)
-        checks[name] = await health(at_fault)
-        checks[name].wrong += wrong
+        checks[name] = await meet(fault, at_fault)
+        checks[f"after {name}"] = await health(at_fault)
+    if SANDBOX == "walled":
+        await asyncio.sleep(2.5)  # Hermes looks every 2 seconds after a process that is not this machine's
     return checks, sorted(set(left()) - before)
 
 
 def report(checks: dict[str, Check], remains: list[str]) -> dict[str, Any]:
     """Print what was found; the figures."""
     for name, check in checks.items():
-        p50, p99, latest = check.lateness_ms
-        when = "in health" if name == "health" else f"after {name}"
+        p50, p99, latest = milliseconds(check.lateness)
         print(
-            f"{when:>33}: {check.rollouts} rollouts in {check.seconds:5.1f} s, "
-            f"loop late by {p50:5.1f} ms (p50) {p99:6.1f} (p99) {latest:6.1f} (max), {len(check.wrong)} wrong"
+            f"{name:>33}: {check.rollouts} rollouts in {check.seconds:5.1f} s, "
+            f"{check.cpu_s / check.rollouts * 1e3:4.0f} ms of CPU each; "
+            f"loop late by {p50:4.1f} ms (p50) {p99:6.1f} (p99) {latest:6.1f} (max), "
+            f"of which our own {milliseconds(check.own)[1]:5.1f} (p99); "
+            f"released within {check.released_s:4.2f} s; {len(check.wrong)} wrong; load {check.load:.0f}"
         )
     for name, check in checks.items():
         for what in check.wrong[:5]:
@@ -94,20 +107,31 @@ def report(checks: dict[str, Check], remains: list[str]) -> dict[str, Any]:
     for what in remains:
         print(f"left: {what}")
     healthy = checks["health"]
-    p50, p99, latest = healthy.lateness_ms
+    faults = [checks[name] for name in FAULTS]
+    p50, p99, latest = milliseconds(healthy.lateness)
     return {
         "rollouts": healthy.rollouts,
         "rollouts_per_s": round(healthy.rollouts / healthy.seconds, 2),
+        "cpu_ms_a_rollout": round(healthy.cpu_s / healthy.rollouts * 1e3),
         "loop_late_p50_ms": round(p50, 2),
         "loop_late_p99_ms": round(p99, 2),
         "loop_late_max_ms": round(latest, 2),
-        "worst_after_fault_p99_ms": round(max(check.lateness_ms[1] for check in checks.values()), 2),
-        "worst_after_fault_max_ms": round(max(check.lateness_ms[2] for check in checks.values()), 2),
-        "faults": list(checks)[1:],
+        "loop_late_own_p99_ms": round(milliseconds(healthy.own)[1], 2),
+        "at_fault_p99_ms": round(max(milliseconds(check.lateness)[1] for check in faults), 2),
+        "at_fault_own_p99_ms": round(max(milliseconds(check.own)[1] for check in faults), 2),
+        "released_within_s": round(max(check.released_s for check in checks.values()), 2),
+        "load": round(max(check.load for check in checks.values()), 1),
+        "faults": list(FAULTS),
         "wrong": sum(len(check.wrong) for check in checks.values()),
         "left": len(remains),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
+
+
+def milliseconds(delays: list[float]) -> tuple[float, float, float]:
+    """The median, the 99th percentile and the maximum of seconds."""
+    late = sorted(delays) or [0.0]
+    return late[len(late) // 2] * 1e3, late[len(late) * 99 // 100] * 1e3, late[-1] * 1e3
 
 
 # ── In health ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -118,32 +142,71 @@ class Check:
     """What came of one round of rollouts.
 
     Attributes:
+        cpu_s: CPU seconds of this process and of the children that ended meanwhile.
         lateness: how late each of the event loop's turns was, in seconds.
+        own: for how much of each this process computed.
+        released_s: from the end of a run until its sandbox was gone, at most.
         wrong: a line for each thing that was not as it should be.
+        load: of the machine at the end, in processes that want to run.
     """
 
     rollouts: int
     seconds: float = 0.0
+    cpu_s: float = 0.0
     lateness: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
+    released_s: float = 0.0
     wrong: list[str] = field(default_factory=list)
+    load: float = 0.0
 
-    @property
-    def lateness_ms(self) -> tuple[float, float, float]:
-        """The median, the 99th percentile and the maximum."""
-        late = sorted(self.lateness) or [0.0]
-        return late[len(late) // 2] * 1e3, late[len(late) * 99 // 100] * 1e3, late[-1] * 1e3
+    @contextlib.asynccontextmanager
+    async def taken(self) -> AsyncIterator[None]:
+        """Note how long the block takes, and every 5 ms how late the loop is."""
+
+        async def tick() -> None:
+            loop = asyncio.get_running_loop()
+            while True:
+                due, computed = loop.time() + 0.005, time.process_time()
+                await asyncio.sleep(0.005)
+                self.lateness.append(loop.time() - due)
+                self.own.append(min(self.lateness[-1], time.process_time() - computed))
+
+        started, computed = time.perf_counter(), cpu_seconds()
+        ticker = asyncio.create_task(tick())
+        try:
+            yield
+        finally:
+            ticker.cancel()
+            self.seconds, self.cpu_s = time.perf_counter() - started, cpu_seconds() - computed
+            self.load = os.getloadavg()[0]
+
+    @contextlib.asynccontextmanager
+    async def task(self, agent: AtroposAIAgent) -> AsyncIterator[Task]:
+        """A task of the agent; note how long its release takes."""
+        ended: list[float] = []
+        try:
+            async with agent.task(sandbox=SANDBOX) as task:
+                try:
+                    yield task
+                finally:
+                    ended.append(time.perf_counter())
+        finally:
+            self.released_s = max([self.released_s, *(time.perf_counter() - moment for moment in ended)])
+
+
+def cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 async def health(rollouts: int) -> Check:
     """So many at once: all finish, and none sees another's files or exports."""
     agent = agent_on(steps)
     check = Check(rollouts)
-    started = time.perf_counter()
-    async with ticking(check.lateness):
+    async with check.taken():
         outcomes = await asyncio.gather(
-            *(one_in_health(agent, number) for number in range(rollouts)), return_exceptions=True
+            *(one_in_health(check, agent, number) for number in range(rollouts)), return_exceptions=True
         )
-    check.seconds = time.perf_counter() - started
     check.wrong = [repr(outcome) for outcome in outcomes if outcome is not None]
     return check
 
@@ -164,20 +227,21 @@ def steps(messages: list[dict[str, str]]) -> str:
     return calls[sum(message["role"] == "assistant" for message in messages)]
 
 
-async def one_in_health(agent: AtroposAIAgent, number: int) -> str | None:
+async def one_in_health(check: Check, agent: AtroposAIAgent, number: int) -> str | None:
     """What is wrong with the rollout; None if nothing is."""
     mark = f"mark{number}"
-    async with agent.task() as task:
+    async with check.task(agent) as task:
         result = await task.run(f"Rollout {number}.")
-        found = await task.terminal(LOOK)
+        found = await task.sandbox.call(lambda: task.sandbox.run(LOOK))  # in the shell as the model left it
         workspace = str(task.workspace)
+        shown = "/workspace" if SANDBOX == "walled" else workspace
     answers = [message["content"] for message in result["messages"] if message["role"] == "tool"]
     if result["stop_reason"] is not StopReason.COMPLETED or len(answers) != 5:
         return f"rollout {number} ended as {result['stop_reason']} after {len(answers)} calls: {result['error']}"
     seen = f"{mark} {mark} {mark} mark notes"
     where, _, first, read, second = map(json.loads, answers)
     if not (
-        where["output"] == workspace
+        where["output"] == shown
         and first["output"].strip() == second["output"].strip() == found.output.strip() == seen
         and read["content"].endswith(mark)
     ):
@@ -185,24 +249,6 @@ async def one_in_health(agent: AtroposAIAgent, number: int) -> str | None:
     if len(result["trajectory"].sequences) != 1 or os.path.exists(workspace):  # noqa: ASYNC240
         return f"rollout {number} has {len(result['trajectory'].sequences)} sequences, or its workspace is still there"
     return None
-
-
-@contextlib.asynccontextmanager
-async def ticking(lateness: list[float]) -> AsyncIterator[None]:
-    """Note how late the loop's turns are, of one every 5 ms."""
-
-    async def tick() -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + 0.005
-            await asyncio.sleep(0.005)
-            lateness.append(loop.time() - due)
-
-    ticker = asyncio.create_task(tick())
-    try:
-        yield
-    finally:
-        ticker.cancel()
 
 
 # ── Faults ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -258,8 +304,8 @@ FAULTS = {
 }
 
 
-async def meet(fault: Fault, rollouts: int) -> list[str]:
-    """What is wrong after so many rollouts at once met the fault."""
+async def meet(fault: Fault, rollouts: int) -> Check:
+    """So many rollouts at once meet the fault."""
 
     def model(messages: list[dict[str, str]]) -> str | Reply:
         if not any(message["role"] == "assistant" for message in messages):
@@ -267,20 +313,24 @@ async def meet(fault: Fault, rollouts: int) -> list[str]:
         return fault.model(messages)
 
     async def rollout() -> StopReason:
-        async with agent.task() as task:
+        async with check.task(agent) as task:
             reason: StopReason = (await task.run("Go."))["stop_reason"]
             return reason
 
     if fault.reason is StopReason.TIMEOUT:
         os.environ["ATROPOS_AGENT_CHAT_TIMEOUT_S"] = "1"
     agent = agent_on(model, **fault.options)
-    runs = [asyncio.create_task(rollout()) for _ in range(rollouts)]
-    fault.disturb(agent, runs)
-    outcomes = await asyncio.gather(*runs, return_exceptions=True)
+    check = Check(rollouts)
+    async with check.taken():
+        runs = [asyncio.create_task(rollout()) for _ in range(rollouts)]
+        fault.disturb(agent, runs)
+        outcomes = await asyncio.gather(*runs, return_exceptions=True)
     os.environ.pop("ATROPOS_AGENT_CHAT_TIMEOUT_S", None)
     if fault.reason is None:
-        return [repr(outcome) for outcome in outcomes if not isinstance(outcome, asyncio.CancelledError)]
-    return [f"ended as {outcome!r}" for outcome in outcomes if outcome is not fault.reason]
+        check.wrong = [repr(outcome) for outcome in outcomes if not isinstance(outcome, asyncio.CancelledError)]
+    else:
+        check.wrong = [f"ended as {outcome!r}" for outcome in outcomes if outcome is not fault.reason]
+    return check
 
 
 # ── What may not be left ─────────────────────────────────────────────────────────────────────────────────────────────

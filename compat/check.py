@@ -2,10 +2,11 @@
 
     python compat/check.py                     the releases of the lock
     python compat/check.py --hermes 0.16.0     one pair
+    python compat/check.py --checkout PATH     a clone of hermes-agent, installed editable
     python compat/check.py --all               every supported pair, and every supported Python with the newest
 
 Each pair is installed with this project into an environment of its own under ``build/compat``, where ``smoke.py`` runs.
-The table in ``README.md`` beside this file takes what came of it.
+The table in ``README.md`` beside this file takes what came of it, but for a checkout.
 """
 
 from __future__ import annotations
@@ -56,8 +57,11 @@ ALL = [
 ]
 
 
-def prove(pair: Pair) -> Outcome:
+def prove(pair: Pair, checkout: Path | None = None) -> Outcome:
     """Install the pair and run the smoke test on it; a failure's detail is the last line of what failed.
+
+    Args:
+        checkout: a clone that stands in for the release of hermes-agent.
 
     Raises:
         SystemExit: there is no such Python here, which says nothing about the pair.
@@ -69,7 +73,8 @@ def prove(pair: Pair) -> Outcome:
     if not made.works:
         raise SystemExit(f"Python {pair.python} must be on PATH: {made.detail}")
     fork = FORKS.get(pair.hermes)
-    pins = [fork or f"hermes-agent=={pair.hermes}", f"atroposlib=={pair.atroposlib}"]
+    hermes = ["--editable", str(checkout)] if checkout else [fork or f"hermes-agent=={pair.hermes}"]
+    pins = [*hermes, f"atroposlib=={pair.atroposlib}"]
     # uv would take a wheel of this project from its cache as long as pyproject.toml is the same.
     project = ["--reinstall-package", "hermes-atropos", str(PROJECT)]
     installed = run([*uv, "pip", "install", "--quiet", "--python", python, *pins, *project])
@@ -113,15 +118,20 @@ def main() -> int:
     parser.add_argument("--hermes", default=HERMES[-1], help="release of hermes-agent (default: %(default)s)")
     parser.add_argument("--atroposlib", default=ATROPOSLIB[-1], help="release of atroposlib (default: %(default)s)")
     parser.add_argument("--python", default=PYTHON[0], help="release of Python (default: %(default)s)")
+    parser.add_argument("--checkout", type=Path, help="a clone of hermes-agent in place of a release")
     parser.add_argument("--all", action="store_true", help="every supported pair")
     arguments = parser.parse_args()
-    pairs = ALL if arguments.all else [Pair(arguments.hermes, arguments.atroposlib, arguments.python)]
+    checkout = arguments.checkout and arguments.checkout.resolve()
+    hermes = "checkout" if checkout else arguments.hermes
+    pairs = ALL if arguments.all else [Pair(hermes, arguments.atroposlib, arguments.python)]
     failures = 0
     for pair in pairs:
-        outcome = prove(pair)
+        outcome = prove(pair, checkout)
         failures += not outcome.works
         print(f"hermes-agent {pair.hermes}, atroposlib {pair.atroposlib}, Python {pair.python}: ", end="")
         print("works" if outcome.works else "fails", f"({outcome.detail})", flush=True)
+        if checkout:
+            continue
         today = datetime.date.today().isoformat()
         TABLE.write_text(updated(TABLE.read_text(encoding="utf-8"), pair, outcome, today), encoding="utf-8")
     return min(failures, 1)

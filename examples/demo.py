@@ -1,103 +1,156 @@
-"""One rollout from end to end, without a network or a GPU: run it with ``make demo``.
+"""A group of rollouts by a real model, without a network or a GPU: run it with ``make demo``.
 
-Hermes' own terminal and file tools act in a temporary workspace. The model is scripted, and one of its tool calls is
-malformed. A verifier scores the workspace, and the tokens that a trainer would get are compared with what the model's
-server was sent and sampled.
+The model is that of the package, of 2.4 million parameters. Hermes' own loop and tools do an errand with names that it
+was not taught with, eight times at once, each in a sandbox of its own. A verifier scores the workspaces, and the tokens
+that a trainer would get are compared with what the model was sent and sampled.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import itertools
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from embedded.errands import Errand, errands, is_done
+
 import hermes_atropos
-from hermes_atropos.testing import ScriptedServer, tool_call
+from hermes_atropos.embedded import EmbeddedServer
+from hermes_atropos.errors import SandboxUnavailableError
+from hermes_atropos.overview import write_overview
+from hermes_atropos.sandbox.wall import try_wall
+from hermes_atropos.trajectory import AgentStep
 
-RECORD = Path("build/demo.jsonl")
-
-REPLIES = [
-    "<think>First I need the numbers.</think>" + tool_call("terminal", command="cat sales.csv"),
-    # a brace is missing
-    '<tool_call>\n{"name": "write_file", "arguments": {"path": "total.txt", "content": "60\\n"}\n</tool_call>',
-    tool_call("write_file", path="total.txt", content="60\n"),
-    tool_call("terminal", command="wc -l sales.csv && cat total.txt"),
-    "The three sales add up to 60, and total.txt says so.",
-]
+RECORDS, PAGES = Path("build/demo.jsonl"), Path("build/demo")
+GROUP_SIZE = 8
 
 
-async def main() -> None:
+class RecordingServer(EmbeddedServer):
+    """The model, and what it was sent and sampled: the other side's own books."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[list[int], list[int], list[float]]] = []
+
+    async def _tokens_and_logprobs_completion_wrapper(self, **arguments: Any) -> Any:
+        prompt, outputs, logprobs, reasons = await super()._tokens_and_logprobs_completion_wrapper(**arguments)
+        self.calls += [(list(prompt), list(ids), list(values)) for ids, values in zip(outputs, logprobs, strict=True)]
+        return prompt, outputs, logprobs, reasons
+
+
+async def main(number: int) -> None:
     hermes_atropos.use_training_profile()  # before Hermes is imported: nothing of the user's own Hermes is touched
-    server = ScriptedServer(REPLIES)
-    agent = hermes_atropos.AtroposAIAgent(server=server, enabled_toolsets=["terminal", "file"], quiet_mode=True)
-    async with agent.task("demo") as task:
-        await task.write_file("sales.csv", "north,10\nsouth,20\nwest,30\n")
-        result = await task.run("Add up sales.csv and write the total to total.txt.")
-        total = await task.terminal("cat total.txt")
-    trajectory = result["trajectory"]
-    trajectory.metadata["score"] = score = float(total.output.strip() == "60")
-    hermes_atropos.write_record(trajectory, RECORD)
+    server = RecordingServer()
+    agent = hermes_atropos.AtroposAIAgent(
+        server=server, enabled_toolsets=["terminal", "file"], max_iterations=6, max_tokens=160, quiet_mode=True
+    )
+    agent.suppress_status_output = True
+    errand = next(itertools.islice(errands(seed=0), number, None))
+    print(f"The errand: {errand.goal}")
+    sandbox = sandbox_here()
 
-    print_steps(trajectory)
-    print(f"\nVerifier: total.txt says {total.output.strip()}, so the score is {score}")
-    print(f"Stopped: {result['stop_reason']}")
-    print_sequence(trajectory)
-    print("\nCompared with what the server was sent and sampled:")
-    check_prompts(server, trajectory)
-    check_ends_of_turns(server, trajectory)
-    print(f"\nThe trajectory is in {RECORD}; hermes-atropos view {RECORD} shows it")
+    began = time.monotonic()
+    group = asyncio.gather(*[rollout(agent, errand, sandbox) for _ in range(GROUP_SIZE)])
+    while not group.done():
+        await asyncio.wait([group], timeout=0.2)
+        sampled = sum(len(ids) for _, ids, _ in server.calls)
+        said = f"{len(server.calls)} model calls, {sampled} tokens sampled, {time.monotonic() - began:.1f} s"
+        if sys.stdout.isatty() or group.done():
+            print(f"\r{said}", end="\n" if group.done() else "", flush=True)
+    trajectories = await group
+    print()
+
+    print_table(trajectories)
+    chosen = max(trajectories, key=lambda trajectory: (malformed_calls(trajectory) > 0, trajectory.num_steps))
+    print_aloud(trajectories.index(chosen), chosen)
+    compare(trajectories, server)
+    for number, trajectory in enumerate(trajectories):
+        hermes_atropos.write_record(trajectory, RECORDS, append=number > 0)
+    print(f"\nThe records are in {RECORDS}; {write_overview(RECORDS, PAGES)} shows them, token by token, in a browser.")
 
 
-def print_steps(trajectory: hermes_atropos.AgentResult) -> None:
+def sandbox_here() -> str:
+    """A wall where one can stand."""
+    try:
+        try_wall()
+    except SandboxUnavailableError as error:
+        print(f"The model's commands run in a folder, not behind a wall. {error}\n")
+        return "folder"
+    print("The model's commands run behind a wall: they see their workspace, and nothing else of this machine.\n")
+    return "walled"
+
+
+async def rollout(agent: Any, errand: Errand, sandbox: str) -> hermes_atropos.AgentResult:
+    began = time.monotonic()
+    async with agent.task(sandbox=sandbox) as task:
+        await task.write_file(errand.file, errand.text)
+        result = await task.run(errand.goal)
+        score = float(await is_done(errand, task))
+    trajectory: hermes_atropos.AgentResult = result["trajectory"]
+    trajectory.metadata.update(score=score, seconds=round(time.monotonic() - began, 1))
+    return trajectory
+
+
+def malformed_calls(trajectory: hermes_atropos.AgentResult) -> int:
+    return sum(call.error is not None for step in trajectory.steps for call in step.tool_calls)
+
+
+def print_table(trajectories: list[hermes_atropos.AgentResult]) -> None:
+    columns = ["rollout", "score", "steps", "malformed calls", "tokens", "sampled", "sequences", "seconds"]
+    print("  ".join(columns))
+    for number, trajectory in enumerate(trajectories):
+        row = [
+            number,
+            trajectory.metadata["score"],
+            trajectory.num_steps,
+            malformed_calls(trajectory),
+            trajectory.total_tokens,
+            sum(sequence.trainable_tokens for sequence in trajectory.sequences),
+            len(trajectory.sequences),
+            trajectory.metadata["seconds"],
+        ]
+        print("  ".join(f"{value:>{len(name)}}" for name, value in zip(columns, row, strict=True)))
+    mean = sum(trajectory.metadata["score"] for trajectory in trajectories) / len(trajectories)
+    print(f"Mean score {mean:.2f}. A trainer learns from the differences within the group.")
+
+
+def print_aloud(number: int, trajectory: hermes_atropos.AgentResult) -> None:
+    print(f"\nRollout {number}, read aloud:")
     for step in trajectory.steps:
-        print(f"\nStep {step.step_number}")
-        answers = {answer.call_id: answer for answer in step.tool_results}
-        for call in step.tool_calls:
-            print(
-                f"  calls {call.name} {call.arguments}" if call.error is None else f"  calls, malformed: {call.raw!r}"
-            )
-            print(f"  hears {answers[call.id].content[:100]!r}")
-        if not step.has_tool_calls:
-            print(f"  says {step.assistant_message!r}")
+        print_step(step)
+    print(f"  It says {trajectory.final_response!r}")
+    print(f"  and stops: {trajectory.stop_reason}. Score {trajectory.metadata['score']}.")
 
 
-def print_sequence(trajectory: hermes_atropos.AgentResult) -> None:
-    [sequence] = trajectory.sequences
-    sampled = [logprob for logprob, mask in zip(sequence.logprobs, sequence.masked_tokens, strict=True) if mask != -100]
-    print(f"Sequence: {len(sequence)} tokens, {sequence.trainable_tokens} of them sampled and trainable,")
-    print(f"  with logprobs from {min(sampled)} to {max(sampled)}")
+def print_step(step: AgentStep) -> None:
+    answers = {answer.call_id: answer for answer in step.tool_results}
+    for call in step.tool_calls:
+        said = f"calls {call.name} {call.arguments}" if call.error is None else f"calls, malformed: {call.raw!r}"
+        print(f"  {step.step_number}. {said}")
+        print(f"     hears {answers[call.id].content[:100]!r}")
 
 
-def check_prompts(server: ScriptedServer, trajectory: hermes_atropos.AgentResult) -> None:
-    """Each prompt is the last one, what was sampled, and the rendering of the new messages, token by token."""
-
-    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-        return server.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
-
-    def encode(text: str) -> list[int]:
-        return server.tokenizer.encode(text, add_special_tokens=False)
-
-    by_role = itertools.groupby(trajectory.to_messages(), key=lambda message: message["role"] == "assistant")
-    new_messages = [list(messages) for is_answer, messages in by_role if not is_answer]
-    expected = encode(render(new_messages[0], trajectory.tools))
-    for number, request in enumerate(server.requests, start=1):
-        assert request.prompt_ids == expected, f"prompt {number} is not what it should be"
-        print(f"  prompt {number}: {len(expected)} tokens, as they should be; {len(request.output_ids[0])} sampled")
-        if number < len(server.requests):
-            expected = [*expected, *request.output_ids[0], *encode("\n" + render(new_messages[number]))]
-
-
-def check_ends_of_turns(server: ScriptedServer, trajectory: hermes_atropos.AgentResult) -> None:
-    """Exactly one end token closes each turn, and the trainer gets what the server has."""
-    start, end = server.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    tokens = trajectory.sequences[0].tokens
-    assert tokens == server.requests[-1].prompt_ids + server.requests[-1].output_ids[0]
-    starts = [place for place, token in enumerate(tokens) if token == start]
-    turns = [tokens[begin:following] for begin, following in zip(starts, [*starts[1:], len(tokens)], strict=True)]
-    assert [turn.count(end) for turn in turns] == [1] * len(turns)
-    print(f"  exactly one <|im_end|> closes each of the {len(turns)} turns of system, user and model")
+def compare(trajectories: list[hermes_atropos.AgentResult], server: RecordingServer) -> None:
+    """Each sequence is what the server was sent and sampled, token by token; each sampled token is trainable once."""
+    longest = {tuple(prompt + ids): (prompt, ids) for prompt, ids, _ in server.calls}
+    trained: list[float] = []
+    for trajectory in trajectories:
+        for sequence in trajectory.sequences:
+            assert tuple(sequence.tokens) in longest, "a sequence is not what the server was sent and sampled"
+            masks = sequence.masked_tokens
+            assert all(mask in (-100, token) for mask, token in zip(masks, sequence.tokens, strict=True))
+            trained += [logprob for logprob, mask in zip(sequence.logprobs, masks, strict=True) if mask != -100]
+    sampled = [logprob for _, _, logprobs in server.calls for logprob in logprobs]
+    assert sorted(trained) == sorted(sampled), "not every sampled token is trainable once, with its logprob"
+    print("\nCompared with what the model was sent and sampled:")
+    print(f"  the tokens of all {len(trajectories)} rollouts are those in the model's own books, position by position")
+    print(f"  {len(sampled)} tokens were sampled: each is trainable exactly once, with the logprob it was sampled with")
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--errand", type=int, default=2, help="which one, from 0")
+    asyncio.run(main(parser.parse_args().errand))

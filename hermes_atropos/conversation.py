@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import uuid
@@ -19,10 +20,10 @@ from typing import Any, cast
 
 from hermes_atropos.backends import Backend, ModelTurn, TrackingBackend
 from hermes_atropos.errors import BackendError, BackendTimeoutError, ContextLengthError, ToolCallRetriesError
-from hermes_atropos.logs import log_exchange
-from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.logs import log_exchange, show
+from hermes_atropos.messages import SAMPLED_KEY, TURN_KEY
 from hermes_atropos.settings import Settings
-from hermes_atropos.toolcalls import ToolCall, error_result, validate
+from hermes_atropos.toolcalls import ToolCall, error_result, from_openai, parse_text, validate
 from hermes_atropos.trajectory import AgentResult, AgentStep, StopReason, ToolResult
 
 __all__ = ["Conversation", "assistant_message", "stop_reason_of", "tool_message"]
@@ -37,17 +38,19 @@ RETRY_KEY = "atropos_retry"
 
 @dataclass(slots=True)
 class Exchange:
-    """What belongs to a turn and the harness never saw.
+    """What belongs to a turn and the harness never saw, or forgets.
 
     Attributes:
         before: the failed attempts and their errors, in order, before the turn.
         errors: the answers to the turn's invalid calls, by the id of the call.
-        order: the ids of all its calls, in the order in which the model called.
+        calls: its calls as they were validated and as the model wrote them, in order.
+        reasoning: what it thought.
     """
 
     before: list[Message] = field(default_factory=list)
     errors: dict[str, Message] = field(default_factory=dict)
-    order: list[str] = field(default_factory=list)
+    calls: list[tuple[ToolCall, ToolCall]] = field(default_factory=list)
+    reasoning: str | None = None
 
 
 class Conversation:
@@ -96,26 +99,31 @@ class Conversation:
             turn = await self._sample([*prompt, *before], tools, sampling)
             turn.ref = turn.ref or f"untracked-{uuid.uuid4().hex[:12]}"
             turn.calls = [self._with_own_id(call) for call in turn.calls]
+            written = turn.calls
             if tools:
-                turn.calls = validate(turn.calls, tools)
-            else:  # nothing can be called: whatever looks like a call is text
-                turn.content = "\n".join(filter(None, [turn.content, *(call.raw for call in turn.calls)])) or None
-                turn.calls = []
+                turn.calls = validate(_told_of_the_cut(turn), tools)
+            else:  # nothing can be called: what looks like a call in the text is text
+                text = [call.raw for call in turn.calls if call.format != "openai"]
+                turn.content = "\n".join(filter(None, [turn.content, *text])) or None
+                turn.calls = [call for call in turn.calls if call.format == "openai"]
             attempts.append(turn)
             errors = {
                 call.id: tool_message(call, error_result(call, tools or [])) | {RETRY_KEY: True}
                 for call in turn.calls
                 if not call.ok
             }
+            self._exchanges[turn.ref] = Exchange(
+                list(before), errors, list(zip(turn.calls, written, strict=False)), turn.reasoning
+            )
+            self.messages = [*prompt, *before, assistant_message(turn)]
             if not turn.calls or len(errors) < len(turn.calls):
-                self._exchanges[turn.ref] = Exchange(before, errors, [call.id for call in turn.calls])
-                self.messages = [*prompt, *before, assistant_message(turn)]
                 return turn
+            # As long as no other follows, the attempt is an answer that a harness may go on from.
+            self.messages += errors.values()
             before += [assistant_message(turn) | {RETRY_KEY: True}, *errors.values()]
-            self.messages = [*prompt, *before]
         raise ToolCallRetriesError(
             f"The model's tool calls were invalid {len(attempts)} times in a row; last error: {turn.calls[0].error}",
-            messages=[*prompt, *before],
+            messages=self.messages,
         )
 
     def _discard_if_thrown_away(self, prompt: list[Message]) -> None:
@@ -157,9 +165,30 @@ class Conversation:
                 while place < len(messages) and messages[place].get("role") == "tool":
                     answers[messages[place]["tool_call_id"]] = dict(messages[place])
                     place += 1
-                expanded += [answers.pop(call_id) for call_id in exchange.order if call_id in answers]
+                expanded += [answers.pop(call.id) for call, _ in exchange.calls if call.id in answers]
                 expanded += answers.values()
         return expanded
+
+    def _as_sampled(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, with each call and its result as the model wrote them: its id, its arguments, its reasoning.
+
+        A harness sorts, escapes and numbers them. A call whose arguments it has changed stays so.
+        """
+        shown: list[Message] = []
+        ids: dict[str, str] = {}
+        for message in messages:
+            exchange = self._exchanges.get(message.get(TURN_KEY, ""))
+            if exchange is not None:
+                ids = {call.id: written.sampled_id or call.id for call, written in exchange.calls}
+                message = dict(message)
+                if exchange.reasoning and not message.get("reasoning_content"):
+                    message["reasoning_content"] = exchange.reasoning
+                if message.get("tool_calls"):
+                    message["tool_calls"] = [_as_written(call, exchange.calls) for call in message["tool_calls"]]
+            elif message.get("tool_call_id") in ids:
+                message = {**message, "tool_call_id": ids[message["tool_call_id"]]}
+            shown.append(message)
+        return shown
 
     def result(self, messages: Sequence[Mapping[str, Any]], stop_reason: StopReason, **known: Any) -> AgentResult:
         """What the rollout leaves.
@@ -169,11 +198,14 @@ class Conversation:
             known: further fields of ``AgentResult``.
         """
         answers = {m["tool_call_id"]: m for m in messages if m.get("role") == "tool" and "tool_call_id" in m}
+        ran = {m[TURN_KEY]: [call["id"] for call in m.get("tool_calls") or []] for m in messages if TURN_KEY in m}
         turns = [turn for attempts in self.steps for turn in attempts]
+        if options := getattr(self.backend, "chat_template_kwargs", None):
+            known["sampling"] = {**known.get("sampling", {}), "chat_template_kwargs": options}
         result = AgentResult(
             success=stop_reason is StopReason.COMPLETED,
             steps=[
-                agent_step(number, attempts, answers)
+                agent_step(number, attempts, answers, ran)
                 for number, attempts in enumerate(filter(None, self.steps), start=1)
             ],
             total_tokens=sum(turn.prompt_tokens + turn.completion_tokens for turn in turns),
@@ -184,7 +216,7 @@ class Conversation:
         )
         if self.backend.tracks_tokens:
             tracking = cast(TrackingBackend, self.backend)
-            result.attach_tokens(tracking.ledger, tracking.renderer.decode)
+            result.attach_tokens(tracking.ledger, tracking.renderer.decode, tracking.renderer.vocabulary)
         return result
 
     @staticmethod
@@ -196,6 +228,7 @@ class Conversation:
         self, messages: list[Message], tools: Sequence[Mapping[str, Any]] | None, sampling: dict[str, Any]
     ) -> ModelTurn:
         settings = self._settings
+        messages = self._as_sampled(messages)
         request = {"messages": messages, "tools": tools, **sampling}
         log_exchange(logger, "request", request, limit=settings.request_limit)
         try:
@@ -209,6 +242,35 @@ class Conversation:
             ) from error
         log_exchange(logger, "response", turn, limit=settings.response_limit)
         return turn
+
+
+def _told_of_the_cut(turn: ModelTurn) -> list[ToolCall]:
+    """The turn's calls; a last one that the length limit cut off says so, and not that its form is wrong."""
+    if turn.finish_reason != "length" or not turn.calls or turn.calls[-1].ok:
+        return turn.calls
+    limit = f" after {turn.completion_tokens} tokens" if turn.completion_tokens else ""
+    error = f"The answer was cut off by the token limit{limit}, within this call: write less at once, in several calls."
+    return [*turn.calls[:-1], turn.calls[-1].model_copy(update={"error": error})]
+
+
+def _as_written(stored: Mapping[str, Any], calls: Sequence[tuple[ToolCall, ToolCall]]) -> Mapping[str, Any]:
+    """A stored call as the model wrote it, unless it is not the model's, or says something else by now."""
+    [given] = from_openai([stored])
+    blocks = _blocks([written for _, written in calls])
+    for (valid, written), block in zip(calls, blocks, strict=True):
+        if (valid.id, valid.name, valid.arguments) == (given.id, given.name, given.arguments):
+            return {**written.to_openai(), "id": written.sampled_id or written.id, SAMPLED_KEY: block}
+    return stored
+
+
+def _blocks(calls: Sequence[ToolCall]) -> list[str]:
+    """What the model wrote for each call; empty for one that stands in the block of the call before it."""
+    blocks: list[str] = []
+    for block, same in itertools.groupby(calls, key=lambda call: call.raw):
+        together = list(same)
+        each = len(parse_text(block, format=together[0].format).calls) if len(together) > 1 else 1
+        blocks += [block if number % max(each, 1) == 0 else "" for number in range(len(together))]
+    return blocks
 
 
 #: What a failure means for the rollout; the first kind that fits counts.
@@ -236,7 +298,7 @@ async def reports(every: float | None) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(every)
             waited += every
-            logger.warning("waiting for the model for %.0f s", waited)
+            show(logger, "waiting for the model for %.0f s", waited)
 
     task = asyncio.create_task(report(every)) if every else None
     try:
@@ -248,7 +310,7 @@ async def reports(every: float | None) -> AsyncIterator[None]:
 
 def assistant_message(turn: ModelTurn) -> Message:
     """The turn as a stored OpenAI message: valid calls as ``tool_calls``, invalid ones as text in the content."""
-    faulty = [call.raw for call in turn.calls if not call.ok]
+    faulty = _blocks([call for call in turn.calls if not call.ok])
     message: Message = {
         "role": "assistant",
         "content": "\n".join(filter(None, [turn.content, *faulty])),
@@ -266,33 +328,47 @@ def tool_message(call: ToolCall, content: str) -> Message:
     return {"role": "tool", "tool_call_id": call.id, "name": call.name or "tool", "content": content}
 
 
-def agent_step(number: int, attempts: list[ModelTurn], answers: Mapping[str, Mapping[str, Any]]) -> AgentStep:
-    """One step: the failed attempts at it, the answer that counted, and the stored answers to its calls, by call id."""
-    calls = [call for turn in attempts for call in turn.calls]
+def agent_step(
+    number: int,
+    attempts: list[ModelTurn],
+    answers: Mapping[str, Mapping[str, Any]],
+    ran: Mapping[str, Sequence[str]],
+) -> AgentStep:
+    """One step: the failed attempts at it, the answer that counted, and what came back from its calls.
+
+    Args:
+        answers: the stored answers to calls, by the call's id.
+        ran: the ids of the calls that the harness ran, by the turn's reference: it may split one call into several.
+    """
+    calls = {call.id: call for turn in attempts for call in turn.calls}
+    split = [call_id for turn in attempts for call_id in ran.get(turn.ref or "", ()) if call_id not in calls]
     return AgentStep(
         step_number=number,
         assistant_message=attempts[-1].raw or attempts[-1].content or "",
-        tool_calls=calls,
-        tool_results=[tool_result(call, answers[call.id]) for call in calls if call.id in answers],
+        tool_calls=list(calls.values()),
+        tool_results=[tool_result(calls.get(key), answers[key]) for key in [*calls, *split] if key in answers],
         turns=[turn.ref for turn in attempts if turn.ref],
         finish_reason=attempts[-1].finish_reason,
     )
 
 
-def tool_result(call: ToolCall, message: Mapping[str, Any]) -> ToolResult:
-    """What a stored answer says of its tool. Hermes' tools answer in JSON, with ``error`` and ``exit_code``."""
+def tool_result(call: ToolCall | None, message: Mapping[str, Any]) -> ToolResult:
+    """What a stored answer says of its tool. Hermes' tools answer in JSON, with ``error`` and ``exit_code``.
+
+    The tool that ran may not be the one that was called: Hermes' ``tool_call`` hands on to others.
+    """
     content = str(message.get("content") or "")
     try:
         answer = json.loads(content)
     except ValueError:
         answer = None
     answer = answer if isinstance(answer, dict) else {}
-    error = call.error or answer.get("error") or None
+    error = (call.error if call else None) or answer.get("error") or None
     return ToolResult(
-        name=call.name,
+        name=str(message.get("name") or (call.name if call else "")),
         content=content,
         success=error is None,
         error=None if error is None else str(error),
         exit_code=answer.get("exit_code") if isinstance(answer.get("exit_code"), int) else None,
-        call_id=call.id,
+        call_id=str(message["tool_call_id"]),
     )

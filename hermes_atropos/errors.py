@@ -6,25 +6,34 @@
     │   ├── UnsupportedServerError        an object that is not an atroposlib server
     │   ├── NoTokenizerError              tokens are to be tracked, and no tokenizer is known
     │   ├── ChatTemplateError             a tokenizer without a usable chat template
+    │   ├── CheckpointError               a model's files that are missing, or of a kind that can't be run here
     │   ├── UnknownToolsetError           a toolset name that Hermes does not have
     │   ├── WorkspaceError                a workspace that does not exist or is not a directory
     │   ├── ToolDefinitionError           a tool that cannot be described or registered
+    │   ├── SamplingError                 a sampling parameter that the server does not know, or a value that is none
     │   ├── SettingsError                 an environment variable whose value cannot be read
     │   └── UnsupportedVersionError       a hermes-agent or atroposlib that is missing, too old or has changed
     ├── BlockingCallError             a synchronous call where it could only deadlock
     ├── BackendError                  a model call that failed for good; carries url, status, body, attempts
     │   ├── BackendConnectionError        nobody answered
     │   ├── BackendTimeoutError           no answer in time
+    │   ├── AnswerLostError               the request was sent, and whether it was taken can't be known
     │   ├── BackendResponseError          an answer that is an error, or does not fit the request
     │   └── ContextLengthError            the prompt leaves no room for an answer
     ├── TokenFidelityError            tokens, masks or logprobs that do not fit what was sent and sampled
     ├── ToolCallRetriesError          a model whose tool calls stayed invalid; carries the messages
     ├── UntrackedError                training data asked of a trajectory that has no tokens
     ├── SandboxError                  a sandbox that could not be opened, or was used after its release
+    │   ├── SandboxUnavailableError       a wall that cannot stand on this machine
+    │   ├── UnsafePathError               a path that leads out of the workspace, or to what is not a regular file
+    │   └── FileTooLargeError             a file, or a copy of a workspace, above its limit
+    ├── RolloutFailed                 a rollout that the infrastructure ended; carries the trajectory and the attempts
+    ├── VerifierError                 a verifier that raised or hung; carries the item and the trajectory
     └── RecordError                   a trajectory record that is truncated, damaged or of another version
 
 A configuration error is also a ``ValueError``, a timeout also a ``TimeoutError``, a connection error also a
-``ConnectionError``, so that code which knows nothing of this library catches what it would expect.
+``ConnectionError``, an error of a file also an ``OSError``, so that code which knows nothing of this library catches
+what it would expect.
 """
 
 from __future__ import annotations
@@ -32,27 +41,35 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
+    "AnswerLostError",
     "BackendConnectionError",
     "BackendError",
     "BackendResponseError",
     "BackendTimeoutError",
     "BlockingCallError",
     "ChatTemplateError",
+    "CheckpointError",
     "ConfigurationError",
     "ContextLengthError",
+    "FileTooLargeError",
     "HermesAtroposError",
     "NoServerError",
     "NoTokenizerError",
     "RecordError",
+    "RolloutFailed",
+    "SamplingError",
     "SandboxError",
+    "SandboxUnavailableError",
     "SettingsError",
     "TokenFidelityError",
     "ToolCallRetriesError",
     "ToolDefinitionError",
     "UnknownToolsetError",
+    "UnsafePathError",
     "UnsupportedServerError",
     "UnsupportedVersionError",
     "UntrackedError",
+    "VerifierError",
     "WorkspaceError",
 ]
 
@@ -81,6 +98,10 @@ class ChatTemplateError(ConfigurationError):
     """The tokenizer has no chat template, or its template cannot render a conversation."""
 
 
+class CheckpointError(ConfigurationError):
+    """A checkpoint whose files are missing or damaged, or that asks for what the embedded model does not do."""
+
+
 class UnknownToolsetError(ConfigurationError):
     """A toolset name that Hermes does not know."""
 
@@ -91,6 +112,10 @@ class WorkspaceError(ConfigurationError):
 
 class ToolDefinitionError(ConfigurationError):
     """A tool without a name, hints or schema, or whose name is already taken."""
+
+
+class SamplingError(ConfigurationError):
+    """A sampling parameter that the server would ignore or refuse; it was not asked."""
 
 
 class SettingsError(ConfigurationError):
@@ -140,6 +165,10 @@ class BackendConnectionError(BackendError, ConnectionError):
 
 class BackendTimeoutError(BackendError, TimeoutError):
     """The server did not answer in time."""
+
+
+class AnswerLostError(BackendError):
+    """A request that was sent and had no answer: whether it was taken can't be known from here."""
 
 
 class BackendResponseError(BackendError):
@@ -194,6 +223,46 @@ class UntrackedError(HermesAtroposError):
 
 class SandboxError(HermesAtroposError):
     """A sandbox could not be opened, or was used after its release."""
+
+
+class SandboxUnavailableError(SandboxError):
+    """This machine cannot make the sandbox that was asked for. The message has the cause and the ways out."""
+
+
+class UnsafePathError(SandboxError, OSError):
+    """A path that leads out of the workspace, or to something that is not a regular file; a verifier may score it."""
+
+
+class FileTooLargeError(SandboxError, OSError):
+    """A file, or a copy of a workspace, that is larger than its limit; a verifier may score it."""
+
+
+class RolloutFailed(HermesAtroposError):
+    """A rollout that the infrastructure ended, so that a score would say nothing of the model. The cause is chained.
+
+    Attributes:
+        trajectory: what it left (an ``AgentResult``); None where it never started.
+        attempts: how often it was tried.
+    """
+
+    def __init__(self, message: str, *, trajectory: Any = None, attempts: int = 1) -> None:
+        super().__init__(message)
+        self.trajectory = trajectory
+        self.attempts = attempts
+
+
+class VerifierError(HermesAtroposError):
+    """A verifier that raised, hung or gave no score: nothing is known of the rollout. The cause is chained.
+
+    Attributes:
+        item: what was to be verified against.
+        trajectory: the rollout (an ``AgentResult``).
+    """
+
+    def __init__(self, message: str, *, item: Any, trajectory: Any) -> None:
+        super().__init__(message)
+        self.item = item
+        self.trajectory = trajectory
 
 
 class RecordError(HermesAtroposError):

@@ -1,24 +1,67 @@
-"""What a debug variable shows: requests and responses as bounded lines of JSON, without secrets."""
+"""What the library has to say: its warnings on standard error, and what the debug variables show, without secrets.
+
+Hermes puts a queue on the root logger, for its own log files. To :mod:`logging` that is a handler, so it would print
+nothing more. :class:`ToStandardError` on the library's own logger does, and leaves alone what another handler prints.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-__all__ = ["excerpt", "log_exchange", "redact"]
+__all__ = ["ToStandardError", "excerpt", "log_exchange", "redact", "show"]
+
+
+class ToStandardError(logging.Handler):
+    """Writes warnings to standard error, unless another handler on their way writes them there."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Hermes' `-z` points sys.stderr at nowhere while its agent runs.
+        muted = sys.stderr is None or getattr(sys.stderr, "name", None) == os.devnull
+        stream = sys.__stderr__ if muted else sys.stderr
+        if stream is None or any(_prints(handler, record, stream) for handler in _others(record, self)):
+            return
+        try:
+            stream.write(f"{self.format(record)}\n")
+            stream.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def _prints(handler: logging.Handler, record: logging.LogRecord, stream: Any) -> bool:
+    """Whether a handler writes the record to the stream: one of :mod:`logging`, or of rich."""
+    to = getattr(handler, "stream", None) or getattr(getattr(handler, "console", None), "file", None)
+    return to is not None and to in (stream, sys.__stderr__) and record.levelno >= handler.level
+
+
+def _others(record: logging.LogRecord, own: logging.Handler) -> Iterator[logging.Handler]:
+    """The handlers that a record passes, as :meth:`logging.Logger.callHandlers` goes through them."""
+    logger: logging.Logger | None = logging.getLogger(record.name)
+    while logger is not None:
+        yield from (handler for handler in logger.handlers if handler is not own)
+        logger = logger.parent if logger.propagate else None
+
+
+def show(logger: logging.Logger, message: str, *values: object) -> None:
+    """Log what a debug variable asks for as a warning, whatever level the logger has."""
+    record = logger.makeRecord(logger.name, logging.WARNING, "", 0, message, values, None)
+    logger.handle(record)
 
 
 def log_exchange(logger: logging.Logger, title: str, payload: Any, *, limit: int) -> None:
-    """Log a request or a response as one bounded line of JSON without secrets; ``limit=0`` logs nothing.
-
-    The level is WARNING: who sets a debug variable wants to see the line, whether or not logging is configured.
-    """
+    """Show a request or a response as one bounded line of JSON without secrets; ``limit=0`` shows nothing."""
     if limit:
-        logger.warning("%s: %s", title, excerpt(payload, limit))
+        show(logger, "%s: %s", title, excerpt(payload, limit))
 
 
 def excerpt(payload: Any, limit: int) -> str:

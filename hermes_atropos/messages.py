@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["TURN_KEY", "Message", "Tool", "call_function", "text_of", "tool_call_block"]
+__all__ = ["SAMPLED_KEY", "TURN_KEY", "Message", "Tool", "call_function", "text_of", "tool_call_block"]
 
 #: A message as it is read: ``role``, ``content`` and what belongs to the role. What is built is a plain dict.
 Message = Mapping[str, Any]
@@ -18,6 +18,10 @@ Tool = Mapping[str, Any]
 #: Key of a stored assistant message that refers to its turn in the ledger. It has no leading underscore because
 #: Hermes drops such keys before it sends messages on.
 TURN_KEY = "atropos_turn"
+
+#: Key of a call, in the ``tool_calls`` of a message that is rendered, whose value is the text that the model sampled:
+#: empty where the call stands in the block of the one before it.
+SAMPLED_KEY = "sampled"
 
 
 def text_of(content: Any) -> str | None:

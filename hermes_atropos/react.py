@@ -18,7 +18,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from hermes_atropos import harness
 from hermes_atropos.backends.resolve import resolve
@@ -35,6 +35,7 @@ from hermes_atropos.values import is_number
 if TYPE_CHECKING:
     from hermes_atropos.backends import ModelTurn
     from hermes_atropos.sandbox import Sandbox
+from hermes_atropos.sandbox.wall import WallArguments
 
 __all__ = ["AgentConfig", "AgentTask", "AtroposAgent"]
 
@@ -48,8 +49,8 @@ class AgentConfig:
     """How an agent works. All times are in seconds; None sets no limit.
 
     Attributes:
-        temperature: of the sampling.
-        max_tokens: of one model call; None leaves it to the server.
+        temperature: of the sampling; with another than 1 not every server's logprobs can be trained on.
+        max_tokens: of one model call; None is what the context leaves.
         max_steps: model calls until the rollout ends without an answer.
         system_prompt: instead of the default one; an empty text sends none.
         tool_delay_s: wait so long after the tools of a turn.
@@ -58,13 +59,13 @@ class AgentConfig:
         turn_time_limit_s: of a model call, its retries for faulty tool calls included.
         rollout_time_limit_s: of the whole rollout.
         max_tool_call_retries: how often in a row an answer whose tool calls are all faulty is sent back.
-        sampling: further sampling parameters (``top_p``, ``seed``, …).
+        sampling: further sampling parameters (``top_p``, ``seed``, ``train_skewed``, …).
 
     Raises:
         ConfigurationError: a count or a limit that is not a positive number, or a temperature below 0.
     """
 
-    temperature: float | None = 0.7
+    temperature: float | None = 1.0
     max_tokens: int | None = None
     max_steps: int = 50
     system_prompt: str | None = None
@@ -110,6 +111,8 @@ class AtroposAgent:
             ``ToolResult``. Limits, order and checks stay the same.
         base_url, model: where a server is looked for when none is given.
         tool_format: how the model writes tool calls; ``auto`` finds out from the chat template.
+        chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
+        vocab_size: how many ids the served model has, where that is more than the tokenizer knows.
 
     Attributes:
         last_result: of the ``run`` that ended last, also of one that was cancelled.
@@ -130,6 +133,8 @@ class AtroposAgent:
         base_url: str | None = None,
         model: str | None = None,
         tool_format: str = "auto",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.config = config or AgentConfig()
         self.tools = tools if isinstance(tools, ToolRegistry) else ToolRegistry(tools or ())
@@ -139,7 +144,15 @@ class AtroposAgent:
             )
         self.execute_tool = execute_tool
         self.last_result: AgentResult | None = None
-        self._backend = resolve(server, tokenizer=tokenizer, base_url=base_url, model=model, tool_format=tool_format)
+        self._backend = resolve(
+            server,
+            tokenizer=tokenizer,
+            base_url=base_url,
+            model=model,
+            tool_format=tool_format,
+            chat_template_kwargs=chat_template_kwargs,
+            vocab_size=vocab_size,
+        )
 
     @property
     def system_prompt(self) -> str:
@@ -162,7 +175,14 @@ class AtroposAgent:
             return await opened.run_single_turn(messages, execute_tools)
 
     def task(
-        self, task_id: str | None = None, *, workspace: str | Path | None = None, copy: bool = False
+        self,
+        task_id: str | None = None,
+        *,
+        workspace: str | Path | None = None,
+        copy: bool = False,
+        keep_processes: bool = False,
+        sandbox: str = "folder",
+        **wall: Unpack[WallArguments],
     ) -> harness.OpenedTask[AgentTask]:
         """What a rollout and its verifier share; its sandbox, where the tools have one, is released at the end.
 
@@ -172,24 +192,33 @@ class AtroposAgent:
             task_id: a new name by default.
             workspace: the folder in which the tools act, used as it is; ``working_dir`` by default, else a fresh one.
             copy: act in a copy of ``workspace``.
+            keep_processes, sandbox, wall: as for ``AtroposAIAgent.task``.
 
         Raises:
             WorkspaceError: ``workspace`` is not a folder, or another open task acts in it.
             SandboxError: a task of this name is open, or no sandbox can be opened.
         """
-        return harness.OpenedTask(self._task(task_id, workspace or self.config.working_dir, copy))
+        folder = workspace or self.config.working_dir
+        tools = self.tools.task(task_id, workspace=folder, copy=copy, sandbox=sandbox, **wall)
+        return harness.OpenedTask(self._task(tools, keep_processes))
 
     @contextlib.asynccontextmanager
-    async def _task(self, task_id: str | None, workspace: str | Path | None, copy: bool) -> AsyncIterator[AgentTask]:
-        async with self.tools.task(task_id, workspace=workspace, copy=copy) as opened:
+    async def _task(
+        self, tools: contextlib.AbstractAsyncContextManager[ToolTask], keep_processes: bool
+    ) -> AsyncIterator[AgentTask]:
+        async with tools as opened:
             retries = self.config.max_tool_call_retries
-            yield AgentTask(self, opened, Conversation(self._backend.fresh(), max_tool_call_retries=retries))
+            conversation = Conversation(self._backend.fresh(), max_tool_call_retries=retries)
+            yield AgentTask(self, opened, conversation, keep_processes=keep_processes)
 
 
 class AgentTask(harness.Task):
     """A rollout of an ``AtroposAgent``, for the length of ``async with agent.task(…)``."""
 
-    def __init__(self, agent: AtroposAgent, tools: ToolTask, conversation: Conversation) -> None:
+    def __init__(
+        self, agent: AtroposAgent, tools: ToolTask, conversation: Conversation, *, keep_processes: bool
+    ) -> None:
+        super().__init__(keep_processes=keep_processes)
         self._agent = agent
         self._tools = tools
         self._conversation = conversation

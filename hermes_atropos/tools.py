@@ -30,7 +30,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
 
 import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -39,7 +39,7 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_json
 
-from hermes_atropos.errors import SandboxError, ToolDefinitionError
+from hermes_atropos.errors import ConfigurationError, SandboxError, ToolDefinitionError
 from hermes_atropos.runtime import run_in_rollout_thread
 from hermes_atropos.toolcalls import ToolCall, error_result, validate
 from hermes_atropos.trajectory import ToolResult
@@ -47,6 +47,7 @@ from hermes_atropos.values import SURROGATE
 
 if TYPE_CHECKING:
     from hermes_atropos.sandbox import Sandbox
+from hermes_atropos.sandbox.wall import WallArguments
 
 __all__ = ["Tool", "ToolRegistry", "ToolResult", "ToolTask"]
 
@@ -219,7 +220,13 @@ class ToolRegistry:
 
     @contextlib.asynccontextmanager
     async def task(
-        self, task_id: str | None = None, *, workspace: str | Path | None = None, copy: bool = False
+        self,
+        task_id: str | None = None,
+        *,
+        workspace: str | Path | None = None,
+        copy: bool = False,
+        sandbox: str = "folder",
+        **wall: Unpack[WallArguments],
     ) -> AsyncIterator[ToolTask]:
         """What one rollout and its verifier need of the tools, for the length of the block.
 
@@ -227,19 +234,30 @@ class ToolRegistry:
             task_id: a new name by default.
             workspace: the folder in which a sandbox acts, used as it is; None makes a fresh one.
             copy: act in a copy of ``workspace``.
+            sandbox, wall: as for ``AtroposAIAgent.task``, where the tools have a sandbox.
+
+        Raises:
+            ConfigurationError: a wall is asked for, and the tools are functions of this process.
         """
         task = ToolTask(task_id or f"task-{uuid.uuid4().hex[:12]}")
         if self._tasks.setdefault(task.task_id, task) is not task:
             raise SandboxError(f"a task {task.task_id!r} is open already: wait for its end, or choose another id")
         try:
-            await self._open(task, workspace, copy)
+            await self._open(task, workspace, copy, sandbox, wall)
             yield task
         finally:
             del self._tasks[task.task_id]
             await self._close(task)
 
-    async def _open(self, task: ToolTask, workspace: str | Path | None, copy: bool) -> None:
+    async def _open(
+        self, task: ToolTask, workspace: str | Path | None, copy: bool, sandbox: str, wall: WallArguments
+    ) -> None:
         """What a kind of registry does for a task before its tools run."""
+        if sandbox != "folder" or wall:
+            raise ConfigurationError(
+                "These tools are functions of this process, which no wall can go around: sandbox='walled' needs tools "
+                "with a sandbox, such as HermesTools"
+            )
 
     async def _close(self, task: ToolTask) -> None:
         """What it does after them, whatever happened; also if the opening failed half-way."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from importlib import resources
+from itertools import groupby
 from textwrap import indent
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from hermes_atropos.errors import NoTokenizerError
 from hermes_atropos.messages import TURN_KEY, call_function
+from hermes_atropos.rendering.tokenizers import Vocabulary, decode
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.trajectory import AgentResult, AgentStep, SequenceData, ToolResult
 
@@ -24,9 +26,6 @@ __all__ = ["SCALE", "to_html", "to_terminal", "token_texts", "view"]
 #: Logprobs at which the colour changes, from certain to surprising.
 SCALE = (-0.01, -0.1, -0.5, -1.0, -2.0, -4.0)
 TERMINAL_COLOURS = ("#5fafd7", "#5fd7af", "#87d75f", "#d7d75f", "#ffaf5f", "#ff875f", "#ff5f5f")
-
-#: Tokens that a character, or a few overlapping ones, may be spread over.
-LONGEST_CHARACTER = 16
 
 # What a terminal could take for a command, or hide: control characters, changes of direction, halves of characters.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -70,7 +69,7 @@ class RunView(TypedDict):
 
 
 class SequenceView(TypedDict):
-    """One token stream. ``logprobs`` has None where a token is not trained; ``texts`` is None without a tokenizer."""
+    """One token stream. ``logprobs`` has None where a token is not trained; ``texts`` is None where unknown."""
 
     label: str
     notes: list[str]
@@ -100,7 +99,8 @@ def view(result: AgentResult, tokenizer: Any = None, *, title: str = "Rollout") 
     unmasked in them.
 
     Args:
-        tokenizer: the one that the tokens are of; without it, tokens have ids but no texts.
+        tokenizer: the one that the tokens are of, for a rollout without a vocabulary; without either, tokens have ids
+            but no texts.
 
     Raises:
         NoTokenizerError: the tokens are not of this tokenizer.
@@ -108,17 +108,21 @@ def view(result: AgentResult, tokenizer: Any = None, *, title: str = "Rollout") 
     messages = list(_messages(result))
     places = {message["turn"]: place for place, message in enumerate(messages) if message["turn"]}
     spoken = {step.turns[-1]: step.assistant_message for step in result.steps if step.turns}
+    vocabulary = result.vocabulary or None if tokenizer is None else Vocabulary(tokenizer)
 
     def shown(sequence: SequenceData, label: str, *, discarded: bool) -> SequenceView:
         logprobs = _logprobs(sequence, only_discarded=discarded)
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, sequence)
+        texts = token_texts(vocabulary, sequence.tokens) if vocabulary is not None else None
         return {
             "label": label,
             "notes": [],
             "discarded": discarded,
             "tokens": sequence.tokens,
             "logprobs": logprobs,
-            "texts": None if tokenizer is None else token_texts(tokenizer, sequence.tokens, sequence.full_text),
-            "text": sequence.full_text if tokenizer is None else "",
+            "texts": texts,
+            "text": sequence.full_text if texts is None else "",
             "runs": _runs(sequence, logprobs, places, spoken),
         }
 
@@ -142,55 +146,38 @@ def view(result: AgentResult, tokenizer: Any = None, *, title: str = "Rollout") 
     }
 
 
-def token_texts(tokenizer: Any, tokens: Sequence[int], full_text: str) -> list[str]:
-    """The text of each token, [seq_len]; joined they are ``full_text``, which is checked and not assumed.
+def token_texts(vocabulary: Mapping[int, str | bytes], tokens: Sequence[int]) -> list[str]:
+    """The text of each token, [seq_len], of what each says: its text, or its bytes.
 
     Where several tokens make one character, the first of them has the text and the others are empty.
-
-    Raises:
-        NoTokenizerError: the tokenizer makes another text of these tokens.
     """
-
-    @cache
-    def decode(*ids: int) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def forms(ids: tuple[int, ...]) -> Iterator[str]:
-        """As it reads behind other tokens, and at the start of a text, where some decoders drop a space."""
-        alone = decode(*ids)
-        if "\ufffd" not in alone:
-            yield decode(*ids, *ids)[len(alone) :]
-        yield alone
-
-    def broken(place: int) -> bool:
-        return place < len(tokens) and "\ufffd" in decode(tokens[place])
-
-    texts: list[str] = []
-    cursor = 0
-    while (place := len(texts)) < len(tokens):
-        # Parts of a character read as U+FFFD: take as many as make it whole or, where no few of them do, all of them.
-        end = place + 1
-        while "\ufffd" in decode(*tokens[place:end]) and broken(place) and broken(end):
-            end += 1
-            if end - place > LONGEST_CHARACTER:
-                while broken(end):
-                    end += 1
-                break
-        ids = tuple(tokens[place:end])
-        text = next((form for form in forms(ids) if full_text.startswith(form, cursor)), None)
-        if text is None:
-            raise NoTokenizerError(
-                f"the tokens are not of this tokenizer: it reads token {place} ({tokens[place]}) as {decode(*ids)!r}, "
-                f"where the record has {full_text[cursor : cursor + 20]!r}; pass the model's own"
-            )
-        texts += [text, *[""] * (end - place - 1)]
-        cursor += len(text)
-    if cursor != len(full_text):
-        raise NoTokenizerError(
-            f"the tokens are not of this tokenizer: it makes nothing of {full_text[cursor : cursor + 20]!r} at the end "
-            "of the record's text; pass the model's own"
-        )
+    texts = [""] * len(tokens)
+    for whole, run in groupby(range(len(tokens)), key=lambda place: isinstance(vocabulary[tokens[place]], str)):
+        if whole:
+            for place in run:
+                texts[place] = str(vocabulary[tokens[place]])
+            continue
+        decoder, began = codecs.getincrementaldecoder("utf-8")("replace"), 0
+        for place in run:
+            for byte in cast(bytes, vocabulary[tokens[place]]):
+                if not decoder.getstate()[0]:
+                    began = place
+                said = decoder.decode(bytes([byte]))
+                texts[began] += said[:1]
+                texts[place] += said[1:]  # the byte ended a broken character, and is one itself
+                began = place if said else began
+        texts[began] += decoder.decode(b"", final=True)
     return texts
+
+
+def _check_tokenizer(tokenizer: Any, sequence: SequenceData) -> None:
+    text = decode(tokenizer, sequence.tokens)
+    if text != sequence.full_text:
+        place = _common(text, sequence.full_text)
+        raise NoTokenizerError(
+            f"the tokens are not of this tokenizer: it makes {text[place : place + 20]!r} of them where the record has "
+            f"{sequence.full_text[place : place + 20]!r}; pass the model's own"
+        )
 
 
 def to_html(view: View) -> str:
@@ -366,8 +353,8 @@ def _notes(sequence: SequenceView, data: SequenceData, earlier: Sequence[Sequenc
     yield from (f"discarded: {turn['discarded']}" for turn in _turns(data) if _thrown_away(turn))
 
 
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many tokens, or characters, two sequences begin with alike."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

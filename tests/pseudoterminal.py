@@ -12,6 +12,7 @@ import struct
 import subprocess
 import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,14 +20,21 @@ from wcwidth import wcwidth
 
 ROWS, COLUMNS = 24, 80
 
-#: A control sequence (ECMA-48): parameters and the letter that says what it does.
-CONTROL = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])")
+#: A control sequence (ECMA-48): parameters and what it does; the shape of the cursor (``CSI n SP q``) is one too.
+CONTROL = re.compile(r"\x1b\[([<=>?\d;]*)( ?[A-Za-z])")
 
 
 class Screen:
-    """As much of a VT100 as a line editor uses: cursor movements, erasing, scrolling, and the report of the cursor."""
+    """As much of a VT100 as a line editor uses: cursor movements, erasing, scrolling, and the report of the cursor.
+
+    Attributes:
+        scrolled: the lines that left it: at its top, or when all of it was erased.
+        erased: how often that was.
+    """
 
     def __init__(self) -> None:
+        self.scrolled: list[str] = []
+        self.erased = 0
         self.cells = [[" "] * COLUMNS for _ in range(ROWS)]
         self.row = self.column = 0
         self.wraps = True
@@ -71,6 +79,7 @@ class Screen:
         if self.row < ROWS - 1:
             self.row += 1
         else:
+            self.scrolled.append("".join(self.cells[0]).rstrip())
             self.cells = [*self.cells[1:], [" "] * COLUMNS]
 
     def _control(self, parameters: str, what: str) -> None:
@@ -86,8 +95,11 @@ class Screen:
             case "D":
                 self.column = max(0, min(self.column, COLUMNS - 1) - count)
             case "H":
-                self.row, self.column = (numbers[0] - 1, numbers[1] - 1) if len(numbers) == 2 else (0, 0)
+                self.row, self.column = [max(1, number) - 1 for number in numbers] if len(numbers) == 2 else (0, 0)
             case "J" | "K":
+                if numbers == [2] and what == "J":
+                    self.scrolled += self.text.splitlines()
+                    self.erased += 1
                 start = (0, 0) if numbers == [2] else (self.row, self.column)
                 end = (ROWS if what == "J" else self.row + 1, 0)
                 for row, cells in enumerate(self.cells):
@@ -127,15 +139,26 @@ class PseudoTerminal:
         self.process.wait()
         os.close(self._fd)
 
+    @property
+    def takes_keys(self) -> bool:
+        """Whether the program reads keys one by one; else the terminal takes lines, and Ctrl-C for a signal."""
+        return not termios.tcgetattr(self._fd)[3] & termios.ICANON
+
     def type(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
     def wait_for(self, text: str, *, times: int = 1, seconds: float = 60) -> None:
         """Read on until the screen shows ``text`` so many times; fail after so many seconds."""
+        self.wait_until(lambda: self.screen.text.count(text) >= times, f"{text!r} {times} times", seconds=seconds)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, *, seconds: float = 60) -> None:
+        """Read on until a condition holds, which need not be one of the screen; fail after so many seconds."""
         deadline = time.monotonic() + seconds
-        while self.screen.text.count(text) < times:
-            if not self._read(deadline):
-                raise AssertionError(f"the screen never showed {text!r} {times} times; it shows\n{self.screen.text}")
+        while not condition():
+            ended = self.process.poll() is not None
+            read = self._read(min(deadline, time.monotonic() + 0.1))
+            if time.monotonic() > deadline or (ended and not read and not condition()):
+                raise AssertionError(f"the screen never showed {what}; it shows\n{self.screen.text}")
 
     def wait_for_end(self, *, seconds: float = 60) -> int:
         """Read on until the program has ended, and return its exit code."""

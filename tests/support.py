@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from tools import terminal_tool
 from tools.process_registry import process_registry
 
 from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB
 from hermes_atropos.hermes.agent import AtroposAIAgent
+from hermes_atropos.hermes.versions import hermes_version
 from hermes_atropos.sandbox import folder
 from hermes_atropos.sandbox.processes import MARKER
 from hermes_atropos.testing import Reply, ScriptedRequest, ScriptedServer, chatml_tokenizer, tool_call
@@ -56,6 +58,24 @@ def server_of(agent: AtroposAIAgent) -> ScriptedServer:
 def terminal(command: str, **arguments: Any) -> str:
     """A model's call of the terminal."""
     return tool_call("terminal", command=command, **arguments)
+
+
+#: Since when some of what Hermes' model reads and calls is another, as the tests that use it say.
+SINCE_0_21 = (hermes_version() or Version("99")) >= Version("0.21")
+
+RENAMED = {"todo": "todo_list", "process": "process_manage", "cronjob": "cronjob_manage"}
+
+
+def hermes_name(tool: str) -> str:
+    """A tool's name in the installed release: some have another from 0.21 on."""
+    return RENAMED.get(tool, tool) if SINCE_0_21 else tool
+
+
+def hermes_call(tool: str, **arguments: Any) -> str:
+    """A model's call of one of Hermes' tools by its name in 0.19; from 0.21, those that were renamed are deferred."""
+    if SINCE_0_21 and tool in RENAMED:
+        return tool_call("tool_call", calls=[{"name": hermes_name(tool), "arguments": arguments}])
+    return tool_call(hermes_name(tool), **arguments)
 
 
 def tool_texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -98,6 +118,17 @@ def user_turn(content: str) -> str:
 def tool_turn(*contents: str) -> str:
     """The tool results between two answers in ChatML."""
     return user_turn("".join(f"\n<tool_response>\n{content}\n</tool_response>" for content in contents)[1:])
+
+
+def between_answers(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What stands between two answers of a conversation, in ChatML: results, and what the user said behind them."""
+    texts = []
+    for is_answer, rows in itertools.groupby(messages, lambda message: message["role"] == "assistant"):
+        said = list(rows)
+        if not is_answer:
+            users = [user_turn(message["content"]) for message in said if message["role"] == "user"]
+            texts.append(tool_turn(*tool_texts(said)) + "".join(users))
+    return texts[1:]
 
 
 def check_unbroken(requests: Sequence[ScriptedRequest]) -> list[str]:
@@ -177,7 +208,8 @@ def nothing_left() -> Iterator[None]:
     after = left()
     added = {kind: {key: after[kind][key] for key in after[kind].keys() - before[kind].keys()} for kind in after}
     assert added == {kind: {} for kind in after}, added
-    os.rmdir(folder)  # fails if anything is in it
+    assert [str(path) for path in Path(folder).rglob("*")] == []
+    os.rmdir(folder)
 
 
 async def garbage(rollout: Callable[[], Awaitable[Any]], times: int) -> int:
@@ -196,7 +228,9 @@ async def garbage(rollout: Callable[[], Awaitable[Any]], times: int) -> int:
 def left() -> dict[str, dict[Any, Any]]:
     """What rollouts could leave, by kind and key, with something that tells what it is."""
     # Pools, and Hermes' own two for the life of the process: one writes its log, one closes idle environments.
-    pools, hermes = ("hermes-atropos-", "asyncio_"), ("(_monitor)", "(_cleanup_thread_worker)")
+    # From 0.20 nemo-relay, which Hermes needs, keeps a pool of its own, and from 0.21 Hermes a scheduler.
+    pools = ("hermes-atropos-", "asyncio_", "relay-scope-op_", "hermes-periodic-scheduler")
+    hermes = ("(_monitor)", "(_cleanup_thread_worker)")
     threads = [t for t in threading.enumerate() if not t.name.startswith(pools) and not t.name.endswith(hermes)]
     return {
         "sandboxes": {

@@ -169,7 +169,7 @@ class TestModel:
         async with agent.task() as task:
             result = await task.run("Go.")
         assert result["stop_reason"] is StopReason.COMPLETED
-        assert result["error"] is None
+        assert "error" not in result
         assert "cause" not in result
         check_tokens(result["trajectory"], server_of(agent).requests)
 

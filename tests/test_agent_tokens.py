@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import (
     END,
+    SINCE_0_21,
     agent_on,
+    between_answers,
     check_tokens,
     check_unbroken,
     stream,
@@ -65,7 +67,7 @@ class TestUnbroken:
         refused = tool_texts(result["messages"])[:2]
         assert all("JSON" in content for content in refused)
         assert check_unbroken(requests) == [tool_turn(content) for content in tool_texts(result["messages"])]
-        assert result["api_calls"] == 2, "Hermes never saw the retries"
+        assert result["api_calls"] == 4, "with those that Hermes never saw"
         assert [len(step.turns) for step in result["trajectory"].steps] == [3, 1]
         assert len(result["trajectory"].sequences) == 1
 
@@ -117,7 +119,7 @@ class TestUnbroken:
             result = await task.run("Go.")
         new = check_unbroken(server.requests)
         assert ["Be quick." in text for text in new] == [True, True]
-        assert new == [tool_turn(content) for content in tool_texts(result["messages"])]
+        assert new == between_answers(result["messages"])
         check_tokens(result["trajectory"], server.requests)
 
     async def test_the_nudge_after_an_empty_answer(self) -> None:
@@ -284,9 +286,9 @@ class TestBranches:
         """Hermes asks the same server for its summary, which is a conversation of its own, and goes on from it."""
 
         def model(messages: list[dict[str, str]]) -> str:
-            if not any("Please count" in message["content"] for message in messages[:2]):
+            if "<tools>" not in messages[0]["content"]:
                 return "## Goal\nCount.\n## Progress\nCounted so far."
-            return terminal(f"seq {len(server.requests)} 4000") if len(server.requests) < 9 else "Done."
+            return terminal(f"seq {len(server.requests)} 400") if len(server.requests) < 25 else "Done."
 
         server = ScriptedServer(model)
         agent = agent_on(server)
@@ -345,17 +347,19 @@ class TestEverythingAtOnce:
                 await task.write_file(f"{name}.txt", name * 3)
             first = await task.run("Do all of it.")
             second = await task.run("And on.", conversation_history=first["messages"])
-        assert first["final_response"] == "I was about to sayThe answer.", "Hermes puts the parts together"
+        between = "\n" if SINCE_0_21 else ""  # Hermes puts the parts together
+        assert first["final_response"] == f"I was about to say{between}The answer."
         assert second["final_response"] == "The summary."
         *parent, summary = [request for request in server.requests if "Do all of it" in request.prompt]
         child = [request for request in server.requests if "Do all of it" not in request.prompt]
         assert (len(parent), len(child)) == (16, 2)
         assert sum("Carry on." in new for new in check_unbroken(parent)) == 9
         check_unbroken(child)
-        assert "<tools>" not in summary.prompt
         check_tokens(second["trajectory"], server.requests)
-        assert second["trajectory"].fidelity.breaks == {BreakCause.HISTORY_REWRITTEN: 1}, "the summary"
-        assert len(second["trajectory"].sequences) == 3
+        kept = SINCE_0_21  # before, Hermes takes the tools away for its summary: another prompt
+        assert ("<tools>" in summary.prompt) == kept
+        assert second["trajectory"].fidelity.breaks == ({} if kept else {BreakCause.HISTORY_REWRITTEN: 1})
+        assert len(second["trajectory"].sequences) == (2 if kept else 3)
 
 
 ARGUMENTS = st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
@@ -414,8 +418,13 @@ async def test_any_conversation(replies: list[str | Reply], last: str, steers: b
     async with agent.task() as task:
         result = await task.run("Go.")
     check_tokens(result["trajectory"], server.requests)
+    elsewhere = 0
     for number, request in enumerate(server.requests[1:], start=1):
         earlier = server.requests[:number]
         resampled = any(request.prompt_ids == before.prompt_ids for before in earlier)
-        assert resampled or any(request.prompt_ids[: len(stream(before))] == stream(before) for before in earlier)
-    assert result["trajectory"].fidelity.breaks == {}
+        goes_on = any(request.prompt_ids[: len(stream(before))] == stream(before) for before in earlier)
+        elsewhere += not (resampled or goes_on)
+    report = result["trajectory"].fidelity
+    # From 0.21, an answer that was cut off before it said anything is dropped, and the question extended.
+    assert elsewhere <= (len(report.left_out) if SINCE_0_21 else 0)
+    assert report.breaks == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from wire import VLLMWire, nobody
 from hermes_atropos.cli import main
 from hermes_atropos.react import AtroposAgent
 from hermes_atropos.testing import ScriptedServer, chatml_tokenizer, tool_call
-from hermes_atropos.trajectory import AgentResult, write_record
+from hermes_atropos.trajectory import AgentResult, read_records, write_record
 
 
 def look(folder: str) -> str:
@@ -38,6 +39,18 @@ async def record(tmp_path: Path) -> Path:
     )
     write_record(await AtroposAgent(server, tools=[look]).run("How many files?"), tmp_path / "rollout.jsonl")
     return tmp_path / "rollout.jsonl"
+
+
+@pytest.fixture
+def silent(record: Path) -> Path:
+    """The same record without what its tokens say, as releases before the vocabulary wrote it."""
+    [result] = read_records(record)
+    path = record.with_name("silent.jsonl")
+    write_record(replace(result, vocabulary={}), path)
+    written = json.loads(path.read_text("utf-8"))
+    assert written["rollout"].pop("vocabulary") == {}
+    path.write_text(json.dumps(written) + "\n", "utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +80,27 @@ class TestView:
             "How many files?",
             "attempt 1 of 2",
             "[invalid_json]",
-            "They want a number.",
-            "→ look",
-            "folder: /srv",
+            "<think>They want a number.</think><tool_call>",
+            '"folder": "/srv"',
             "plan.md in /srv",
-            "There are two files.",
+            "There are two files.<|im_end|>",
             "Sequence 1",
         )
 
-    def test_shows_what_was_sampled_token_by_token_with_a_tokenizer(
-        self, record: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+    def test_a_record_that_does_not_hold_what_its_tokens_say_is_shown_without_them(
+        self, silent: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(["view", str(record), "--tokenizer", tokenizer]) == 0
+        assert main(["view", str(silent)]) == 0
+        out = capsys.readouterr().out
+        assert in_order(
+            out, "They want a number.", "→ look", "folder: /srv", "plan.md in /srv", "There are two files.\n"
+        )
+        assert "<|im_end|>" not in out
+
+    def test_a_tokenizer_says_what_such_a_record_does_not_hold(
+        self, silent: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["view", str(silent), "--tokenizer", tokenizer]) == 0
         assert "There are two files.<|im_end|>" in capsys.readouterr().out
 
     def test_writes_a_page(self, record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +178,14 @@ class TestWhatIsWrong:
     def test_a_model_that_is_not_served(self, capsys: pytest.CaptureFixture[str]) -> None:
         with VLLMWire() as wire:
             assert "does not serve 'other'" in self.fails(capsys, "probe", wire.url, "--model", "other")
+
+    def test_no_program_to_run(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "give one behind --" in self.fails(capsys, "run", "--")
+
+    def test_a_program_that_is_not_there(self, capsys: pytest.CaptureFixture[str]) -> None:
+        said = self.fails(capsys, "run", "--", "no_such_program.py", "--its-own")
+        assert "no_such_program.py is not a program" in said
+        assert "hermes-acp" in said
 
     def test_a_command_that_does_not_exist(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as caught:

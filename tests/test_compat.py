@@ -49,3 +49,20 @@ def test_the_smoke_test_passes_on_the_locked_releases(tmp_path):
     smoke = subprocess.run([sys.executable, str(COMPAT / "smoke.py")], capture_output=True, text=True, cwd=tmp_path)
     assert smoke.returncode == 0, smoke.stderr
     assert smoke.stdout.endswith("each as the server sampled it\n")
+
+
+@pytest.fixture
+def hermes_tests():
+    return SimpleNamespace(**runpy.run_path(str(COMPAT / "hermes_tests.py")))
+
+
+def test_of_hermes_own_tests_each_that_fails_is_named_and_each_that_is_named_fails(hermes_tests):
+    theirs = {"test_a.py::one", "test_a.py::two", "test_a.py::three"}
+    ours = {"test_a.py::one", "test_a.py::two"}
+    assert hermes_tests.faults(theirs, ours, {"test_a.py::three": "a reason"}) == []
+    assert hermes_tests.faults(theirs, ours, {}) == ["fails, and is not named in hermes_tests.toml: test_a.py::three"]
+    assert hermes_tests.faults(theirs, ours, {"test_a.py::two": "one", "test_a.py::three": "another"}) == [
+        "passes, and is named in hermes_tests.toml: test_a.py::two"
+    ]
+    row = "| test_a.py | 3 | 2 | 1 × a reason |"
+    assert row in hermes_tests.table(theirs, ours, {"test_a.py::three": "a reason"}).splitlines()

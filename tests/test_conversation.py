@@ -8,10 +8,14 @@ import logging
 from typing import Any
 
 import pytest
+from families import KIMI_K2_FAMILY, QWEN3_FAMILY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from newer_families import GRANITE_33
 from support import check_tokens, check_unbroken, tool_turn, user_turn
+from test_toolcalls_formats import Call, granite, kimi
 
+from hermes_atropos.backends import tracked
 from hermes_atropos.backends.chat import ChatBackend
 from hermes_atropos.backends.tracked import TrackedBackend
 from hermes_atropos.conversation import Conversation
@@ -209,6 +213,143 @@ class TestHistory:
         check_tokens(result, server.requests)
         assert len(result.sequences) == 2
         assert [len(step.turns) for step in result.steps] == [1, 1], "its own steps alone"
+
+
+SUM: Call = ("add", {"a": 1, "b": 2})
+
+
+class TestAsSampled:
+    """A prompt that is rendered anew shows the calls as the model wrote them, whatever the harness made of them."""
+
+    CALL = '<tool_call>\n{"name": "add", "arguments": {"b": 2, "a": 1, "note": "é 世界"}}\n</tool_call>'
+
+    def mangled(self, turn: Any) -> dict[str, Any]:
+        """What Hermes stores: arguments sorted, compact and escaped."""
+        message = harness_message(turn)
+        for call in message["tool_calls"]:
+            arguments = json.loads(call["function"]["arguments"])
+            call["function"]["arguments"] = json.dumps(arguments, sort_keys=True, separators=(",", ":"))
+        return message
+
+    async def test_arguments(self) -> None:
+        conversation, server = conversation_with(self.CALL, "Three.")
+        turn = await conversation.chat([USER], TOOLS)
+        later = [{"role": "user", "content": "Rewritten."}, self.mangled(turn), *harness_answers(turn)]
+        await conversation.chat(later, TOOLS)
+        assert self.CALL in server.requests[-1].prompt
+
+    async def test_arguments_that_were_quoted(self) -> None:
+        conversation, server = conversation_with(tool_call("add", a="1", b=2), "Three.")
+        turn = await conversation.chat([USER], TOOLS)
+        assert turn.calls[0].arguments == {"a": 1, "b": 2}
+        await conversation.chat([{**USER, "content": "Else?"}, self.mangled(turn), *harness_answers(turn)], TOOLS)
+        assert tool_call("add", a="1", b=2) in server.requests[-1].prompt
+
+    async def test_a_call_that_the_harness_changed_stays_so(self) -> None:
+        conversation, server = conversation_with(self.CALL, "Three.")
+        turn = await conversation.chat([USER], TOOLS)
+        stored = self.mangled(turn)
+        stored["tool_calls"][0]["function"]["arguments"] = '{"pruned": true}'
+        await conversation.chat([{**USER, "content": "Else?"}, stored, *harness_answers(turn)], TOOLS)
+        assert tool_call("add", pruned=True) in server.requests[-1].prompt
+
+    @pytest.mark.parametrize(
+        "said", [granite([("add", {"a": 1, "b": 2})] * 2), granite([("add", {"a": 1, "b": 2})]) * 2]
+    )
+    async def test_several_in_one_block(self, said: str) -> None:
+        """Granite's template writes no calls: they are text, a list of them in one block or each in its own."""
+        server = ScriptedServer([said, "Three."], tokenizer=GRANITE_33.tokenizer(), end_token="<|end_of_text|>")
+        conversation = Conversation(TrackedBackend(server, server.tokenizer))
+        turn = await conversation.chat([USER], TOOLS)
+        assert len(turn.calls) == 2
+        await conversation.chat([{**USER, "content": "Else?"}, self.mangled(turn), *harness_answers(turn)], TOOLS)
+        shown = server.requests[-1].prompt.partition("assistant<|end_of_role|>")[2].partition("<|end_of_text|>")[0]
+        assert shown.replace("\n", "") == said
+
+    async def test_reasoning_that_the_harness_dropped(self) -> None:
+        server = ScriptedServer(["<think>Easy.</think>" + VALID, "Three."], tokenizer=QWEN3_FAMILY.tokenizer())
+        conversation = Conversation(TrackedBackend(server, server.tokenizer))
+        turn = await conversation.chat([USER], TOOLS)
+        await conversation.chat([{**USER, "content": "Else?"}, self.mangled(turn), *harness_answers(turn)], TOOLS)
+        assert "<think>\nEasy.\n</think>" in server.requests[-1].prompt
+
+    @pytest.mark.parametrize("anew", [False, True])
+    async def test_ids(self, anew: bool) -> None:
+        """Kimi's, which say the function's name, in the calls and in their results; the harness has its own."""
+        said = kimi([("add", {"a": 1, "b": 2}), ("add", {"a": 3, "b": 4})])
+        server = ScriptedServer([said, said, "Ten."], tokenizer=KIMI_K2_FAMILY.tokenizer())
+        conversation = Conversation(TrackedBackend(server, server.tokenizer))
+        messages: list[dict[str, Any]] = [USER]
+        for _ in range(2):
+            turn = await conversation.chat(messages, TOOLS)
+            messages += [harness_message(turn), *harness_answers(turn)]
+        if anew:
+            messages[0] = {"role": "user", "content": "Rewritten."}
+        await conversation.chat(messages, TOOLS)
+        ids = [message["tool_call_id"] for message in messages if message["role"] == "tool"]
+        assert len(set(ids)) == 4
+        prompt = server.requests[-1].prompt
+        for number in range(2):
+            assert prompt.count(f"<|tool_call_begin|>functions.add:{number}<|") == 2
+            assert prompt.count(f"## Return of functions.add:{number}\n") == 2
+
+
+class TestCutOff:
+    @pytest.mark.parametrize("sampling", [{"max_tokens": 20}])
+    async def test_a_call_that_was_cut_off_is_told_so(self, sampling: dict[str, Any]) -> None:
+        long = tool_call("add", a=1, b=2, note="word " * 100)
+        conversation, server = conversation_with(long, "Too long, then.")
+        await conversation.chat([USER], TOOLS, **sampling)
+        [error] = [message["content"] for message in conversation.messages if message["role"] == "tool"]
+        assert "cut off by the token limit after 20 tokens" in error
+        assert error in server.requests[-1].prompt
+
+    async def test_one_that_was_not_is_told_its_fault(self) -> None:
+        conversation, _ = conversation_with(BROKEN.removesuffix("</tool_call>"), "Three.")
+        await conversation.chat([USER], TOOLS)
+        [error] = [message["content"] for message in conversation.messages if message["role"] == "tool"]
+        assert "token limit" not in error
+
+
+class TestOtherFormats:
+    async def test_an_answer_in_another_format_is_warned_of_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        tracked._warn_of_format.cache_clear()
+        said = '[TOOL_CALLS]add[ARGS]{"a": 1, "b": 2}'
+        conversation, _ = conversation_with(said, said)
+        for content in ("One?", "Two?"):
+            turn = await conversation.chat([{"role": "user", "content": content}], TOOLS)
+            assert (turn.content, turn.calls) == (said, [])
+        [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert "format 'mistral', and calls are read in the format 'hermes'" in record.getMessage()
+        assert "tool_format='mistral'" in record.getMessage()
+
+    @pytest.mark.parametrize(
+        "said", ["I would add them.", '[TOOL_CALLS]other[ARGS]{"a": 1}', "add(a=1, b=2)", "Three. " + VALID]
+    )
+    async def test_other_answers_are_not(self, said: str, caplog: pytest.LogCaptureFixture) -> None:
+        tracked._warn_of_format.cache_clear()
+        conversation, _ = conversation_with(said)
+        await conversation.chat([USER], TOOLS)
+        assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+class TestAfterRetries:
+    @pytest.mark.parametrize("last", [BROKEN, Reply(error=RuntimeError("out of memory"))], ids=["calls", "server"])
+    async def test_the_attempts_stay(self, last: str | Reply) -> None:
+        """A run may go on from one that ended with faulty calls: they are in its prompt, and trained."""
+        conversation, server = conversation_with(BROKEN, BROKEN, last, "Sorry.", max_tool_call_retries=2)
+        with pytest.raises((ToolCallRetriesError, BackendError)):
+            await conversation.chat([USER], TOOLS)
+        ended = conversation.messages
+        stored = conversation.contract(ended)
+        assert [message["role"] for message in stored] == ["user", "assistant"]
+        assert conversation.expand(stored) == ended
+        await conversation.chat([*stored, {"role": "user", "content": "Again."}], TOOLS)
+        result = conversation.result(conversation.messages, StopReason.COMPLETED)
+        check_tokens(result, server.requests)
+        assert result.fidelity is not None
+        assert result.fidelity.tokens_discarded == 0
+        assert server.requests[-1].prompt.count(BROKEN) == len(conversation.steps[0])
 
 
 class TestResult:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import asyncio
 import importlib.metadata
+import importlib.util
 import inspect
 import json
+import os
 import re
 import runpy
 import shlex
 import sys
 import threading
+from asyncio.subprocess import PIPE
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,15 +22,19 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import run_agent
 from atroposlib.envs.base import APIServerConfig
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from support import script_environ
+from tiny_llama import write_llama
 
 from hermes_atropos import cli, settings
 from hermes_atropos.environment import HermesEnvConfig
 from hermes_atropos.exports import EXPORTS
-from hermes_atropos.hermes import seams
+from hermes_atropos.hermes import releases, seams
+from hermes_atropos.proxy import Proxy
 from hermes_atropos.servers import PROTOCOLS
 from hermes_atropos.testing import ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.tokens import BreakCause
@@ -102,7 +109,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def names(folder: Path) -> dict[str, Any]:
     """What the snippets of a page are given, and what they define."""
-    return {"server": ScriptedServer(model), "tokenizer": chatml_tokenizer(), "repo": str(folder / "repo")}
+    judge = 'grep -qx 42 "$WORKSPACE/answer.txt"'
+    given = {"repo": str(folder / "repo"), "judge": judge}
+    return {"server": ScriptedServer(model), "tokenizer": chatml_tokenizer(), **given}
 
 
 @pytest.fixture
@@ -139,7 +148,7 @@ def listings() -> Iterator[None]:
     """What a page adds to the library's listings is taken out again."""
     lists: list[list[Any]] = [PROTOCOLS, seams.SEAMS]
     lengths = [len(listing) for listing in lists]
-    with patch.dict(FORMATS), patch.dict(EXPORTS), patch.dict(seams.RELEASES):
+    with patch.dict(FORMATS), patch.dict(EXPORTS), patch.dict(releases.RELEASES):
         yield
     for listing, length in zip(lists, lengths, strict=True):
         del listing[length:]
@@ -229,9 +238,37 @@ def test_sandboxes_runs(names: dict[str, Any], folder: Path, capsys: Any) -> Non
     assert not (folder / "repo" / "answer.txt").exists(), "they acted in copies"
 
 
+def test_verifiers_runs(names: dict[str, Any], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    follow("docs/verifiers.md", names)
+    assert capsys.readouterr().out == "score 1.0\n0 None \n1.0\n"
+    assert names["tested"].exit_code == 0
+
+
+def test_programs_runs(names: dict[str, Any], folder: Path, capsys: Any) -> None:
+    follow("docs/programs.md", names)
+    assert capsys.readouterr().out.startswith("completed 2 model calls, ")
+    assert run_agent.AIAgent is not type(names["assistant"])
+
+
 def test_servers_runs(names: dict[str, Any], capsys: Any) -> None:
     follow("docs/servers.md", names)
     assert "I heard 'Hello!'." in capsys.readouterr().out
+
+
+def test_training_runs(names: dict[str, Any], folder: Path, capsys: Any) -> None:
+    follow("docs/training.md", names)
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} >= {"atropos", "trl", "verl", "jsonl"}
+    assert len(names["rows"]) == 1
+    assert len((folder / "train.jsonl").read_text().splitlines()) == 1
+
+
+def test_embedded_runs(names: dict[str, Any], folder: Path, capsys: Any) -> None:
+    folders = {"folder": write_llama(folder / "A"), "other_folder": write_llama(folder / "B", seed=1)}
+    follow("docs/embedded.md", names | folders)
+    told = capsys.readouterr().out.splitlines()
+    assert int(told[0].split()[0]) > 0
+    assert [line.split(" ", 1)[-1] for line in told] == ["['default']", "['step-1']"]
 
 
 async def test_environments_runs(names: dict[str, Any], folder: Path) -> None:
@@ -242,10 +279,17 @@ async def test_environments_runs(names: dict[str, Any], folder: Path) -> None:
             super().__init__(model)
 
     names["tokenizer"].save_pretrained(folder / "tokenizer")
-    config = HermesEnvConfig(tokenizer_name=str(folder / "tokenizer"), group_size=2, use_wandb=False)
+    saved = str(folder / "tokenizer")
+    config = HermesEnvConfig(tokenizer_name=saved, group_size=2, use_wandb=False, sandbox="folder")
     environment = type("Env", (names["Repairs"],), {"server_cls": Server})(config, [APIServerConfig()])
     group, _ = await environment.collect_trajectories(await environment.get_next_item())
     assert group["scores"] == [1.0, 1.0]
+
+
+def test_models_runs(names: dict[str, Any]) -> None:
+    follow("docs/models.md", names)
+    backend = names["agent"]._backend
+    assert backend.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_extending_runs(names: dict[str, Any], address: str, listings: None, capsys: Any) -> None:
@@ -262,6 +306,22 @@ def test_extending_runs(names: dict[str, Any], address: str, listings: None, cap
     assert "'terminal'" in printed.splitlines()[-1]
 
 
+async def test_harnesses_runs(names: dict[str, Any], folder: Path, capsys: Any) -> None:
+    await asyncio.to_thread(follow, "docs/harnesses.md", names)
+    assert "I heard 'Hello!'. 1" in capsys.readouterr().out
+    async with Proxy(names["server"], records=folder / "rollouts", key="") as proxy:
+        scripts = [block for language, block in blocks(ROOT / "docs/harnesses.md") if language == "sh"]
+        script = "set -eu\n" + "".join(scripts).replace("http://127.0.0.1:9100", proxy.url)
+        environ = {**script_environ(folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        done = await asyncio.create_subprocess_exec("bash", "-c", script, stdout=PIPE, env=environ)
+        printed, _ = await done.communicate()
+        assert done.returncode == 0
+        assert len(proxy.sessions) == 1, "Hermes' was not ended"
+    assert "I heard 'Hello!'." in printed.decode()
+    assert json.loads((folder / "trajectory.json").read_text())["trajectory"]["rollout"]["success"]
+    assert printed.decode().rstrip().endswith("'.")
+
+
 def test_every_page_is_followed() -> None:
     followed = set(re.findall(r'"((?:docs/)?[\w-]+\.md)", names', Path(__file__).read_text()))
     with_snippets = {str(page.relative_to(ROOT)) for page in PAGES if "python" in dict(blocks(page))}
@@ -275,13 +335,15 @@ def test_every_page_is_followed() -> None:
 def test_every_command_exists(page: str, command: str) -> None:
     words = shlex.split(re.sub(r"^([A-Z_]+=\S+ )+", "", command))
     match words:
-        case ["make", target]:
+        case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(f"{module}.__main__")
         case ["python", file, *_]:
             written = re.findall(r"^```python\n# (\w+\.py)\n", (ROOT / page).read_text(), re.M)
             assert file in written or (ROOT / file).is_file()
         case ["hermes-atropos", *arguments]:
-            cli._parser().parse_args(arguments)
+            cli._parsed(arguments)
         case [program] if program in importlib.metadata.entry_points(group="console_scripts").names:
             pass
         case _:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
-import socket
-from collections.abc import AsyncIterator, Callable
+import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import uvicorn
-from atroposlib.api.server import app
 from atroposlib.envs.base import APIServerConfig
 from atroposlib.envs.server_handling.openai_server import OpenAIServer
 from support import run_script
 
-from hermes_atropos.environment import HermesEnv, HermesEnvConfig
-from hermes_atropos.errors import BackendResponseError, HermesAtroposError, UnknownToolsetError, UntrackedError
+from hermes_atropos.cli import main
+from hermes_atropos.environment import HermesEnv, HermesEnvConfig, Reward
+from hermes_atropos.errors import (
+    BackendResponseError,
+    ConfigurationError,
+    RolloutFailed,
+    UnknownToolsetError,
+    UntrackedError,
+    VerifierError,
+)
 from hermes_atropos.exports.atropos import MASK
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.trajectory import StopReason, read_records
@@ -37,17 +42,14 @@ class Greetings(HermesEnv):
 
     name = "greetings"
 
-    async def get_next_item(self) -> dict[str, Any]:
-        return {"greeting": "hello"}
+    def items(self) -> list[dict[str, Any]]:
+        return [{"greeting": "hello"}]
 
     def prompt(self, item: dict[str, Any]) -> str:
         return f"Write {item['greeting']} to greeting.txt."
 
     async def verify(self, item: dict[str, Any], task: Any, result: dict[str, Any]) -> float:
         return float((await task.terminal(f"grep -qx {item['greeting']} greeting.txt")).exit_code == 0)
-
-    async def evaluate(self) -> None:
-        pass
 
 
 def greets(messages: Messages) -> str | Reply:
@@ -73,7 +75,12 @@ def make(tokenizer_folder: str) -> Callable[..., Any]:
             def __init__(self, config: APIServerConfig, reasoning_config: Any = None) -> None:
                 super().__init__(model)
 
-        settings = {"group_size": 3, "use_wandb": False, "tokenizer_name": tokenizer_folder} | config
+        settings = {
+            "group_size": 3,
+            "use_wandb": False,
+            "tokenizer_name": tokenizer_folder,
+            "sandbox": "folder",
+        } | config
         return type("Env", (kind,), {"server_cls": Server})(HermesEnvConfig(**settings), [APIServerConfig()])
 
     return make
@@ -88,64 +95,32 @@ async def test_a_group_holds_what_the_server_sampled(make: Any) -> None:
     group, backlog = await env.collect_trajectories(await env.get_next_item())
     assert backlog == []
     assert group["scores"] == [1.0, 1.0, 1.0]
-    sampled = [
-        (request.prompt_ids + request.output_ids[0][:place], token, logprob)
+    assert trained_once(env, [group])
+
+
+def as_list(groups: Any) -> list[Any]:
+    return groups if isinstance(groups, list) else [groups]
+
+
+def trained_once(env: Any, groups: list[Any]) -> bool:
+    """Whether every token that counts was sampled after these tokens with this logprob, and is trained once.
+
+    Rollouts that failed are not in the groups: what the server recorded may be more.
+    """
+    sampled = Counter(
+        (tuple(request.prompt_ids + request.output_ids[0][:place]), token, logprob)
         for request in requests(env)
+        if request.output_ids and request.output_ids[0]
         for place, (token, logprob) in enumerate(zip(request.output_ids[0], request.logprobs[0], strict=True))
-    ]
-    trained = [
-        (tokens[:place], token, logprobs[place])
+    )
+    trained = Counter(
+        (tuple(tokens[:place]), token, logprobs[place])
+        for group in groups
         for tokens, masks, logprobs in zip(group["tokens"], group["masks"], group["inference_logprobs"], strict=True)
         for place, token in enumerate(masks)
         if token != MASK
-    ]
-    assert sorted(trained) == sorted(sampled)
-
-
-async def test_the_trainer_gets_the_group_from_the_atropos_api(make: Any) -> None:
-    wrong = itertools.cycle([True, False])
-    env = make(lambda messages: "No." if len(messages) < 3 and next(wrong) else greets(messages), group_size=4)
-    async with atropos_api() as api:
-        env.config.rollout_server_url, env.config.wandb_name = str(api.base_url), env.name
-        await api.post("/register", json=TRAINER)
-        await api.get("/batch")  # the trainer is ready
-        await env.register_env()
-        await env.get_server_info()
-        env.running_items["one"] = {"item": await env.get_next_item()}
-        sent = await env.handle_env("one")
-        [received] = (await api.get("/batch")).json()["batch"]
-    assert sorted(received["scores"]) == [0.0, 0.0, 1.0, 1.0]
-    assert {key: received[key] for key in ("tokens", "masks", "inference_logprobs")} == {
-        key: sent[key] for key in ("tokens", "masks", "inference_logprobs")
-    }
-
-
-TRAINER = {
-    "wandb_group": "group",
-    "wandb_project": "project",
-    "batch_size": 4,
-    "max_token_len": 100_000,
-    "checkpoint_dir": "",
-    "save_checkpoint_interval": 0,
-    "starting_step": 0,
-    "num_steps": 1,
-}
-
-
-@contextlib.asynccontextmanager
-async def atropos_api() -> AsyncIterator[httpx.AsyncClient]:
-    """Atropos' own API server on loopback."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-            yield client  # a request waits in the listener's queue until the server accepts
-            await client.get("/reset_data")
-    finally:
-        server.should_exit = True
-        await serving
+    )
+    return bool(trained) and trained <= sampled
 
 
 async def test_the_configuration_reaches_the_model_calls(make: Any) -> None:
@@ -154,6 +129,15 @@ async def test_the_configuration_reaches_the_model_calls(make: Any) -> None:
     assert {(request.sampling["temperature"], request.sampling["max_tokens"]) for request in requests(env)} == {
         (0.3, 77)
     }
+
+
+@pytest.mark.parametrize("given", [False, True])
+async def test_skewed_answers_are_trained_where_the_configuration_says_so(make: Any, given: bool) -> None:
+    """The record of a rollout says with what it was sampled."""
+    env = make(temperature=0.3, train_skewed=given)
+    async with env.make_agent().task(sandbox="folder") as task:
+        result = await task.run("Hello.")
+    assert result["trajectory"].sampling.get("train_skewed", False) is given
 
 
 async def test_each_rollout_gets_a_copy_of_the_items_workspace(make: Any, tmp_path: Path) -> None:
@@ -182,39 +166,115 @@ def second_fails(failure: Callable[[], str | Reply]) -> Callable[[Messages], str
     return model
 
 
-async def test_a_rollout_that_fails_is_left_out_of_its_group(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_rollout_that_the_infrastructure_ended_is_run_again(make: Any) -> None:
     env = make(second_fails(lambda: Reply(error=ON_FIRE)))
+    group, _ = await env.collect_trajectories(await env.get_next_item())
+    assert group["scores"] == [1.0, 1.0, 1.0]
+    assert env.counts["rollouts run again"] == 1
+    assert env.counts["rollouts"] == 3
+
+
+async def test_a_rollout_that_still_fails_has_its_cause_and_its_attempts(make: Any) -> None:
+    env = make(lambda messages: Reply(error=ON_FIRE), rollout_attempts=2)
+    with pytest.raises(RolloutFailed, match="the GPU is on fire") as failed:
+        await env.collect_trajectories(await env.get_next_item())
+    assert failed.value.attempts == 2
+    assert failed.value.__cause__ is not None
+    assert failed.value.trajectory.stop_reason is StopReason.SERVER_ERROR
+    assert len(requests(env)) == 6
+
+
+async def test_dropped_a_failed_rollout_is_left_out_and_the_group_keeps_its_size(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The API would hold back a group of two until another of one came."""
+    env = make(second_fails(lambda: Reply(error=ON_FIRE)), failed_rollouts="drop")
     with caplog.at_level(logging.ERROR, "hermes_atropos.environment"):
         group, _ = await env.collect_trajectories(await env.get_next_item())
-    assert group["scores"] == [1.0, 1.0]
-    assert group["group_overrides"]["group_size"] == 2
+    assert group["scores"] == [1.0, 1.0, 1.0]
     assert "the GPU is on fire" in caplog.text
+    assert trained_once(env, [group])
 
 
-async def test_a_verifier_that_raises_costs_one_rollout(make: Any, caplog: pytest.LogCaptureFixture) -> None:
-    verified = itertools.count(1)
+async def test_replaced_an_item_with_a_failed_rollout_gives_way_to_the_next(make: Any) -> None:
+    env = make(second_fails(lambda: Reply(error=ON_FIRE)), failed_rollouts="replace", rollout_attempts=1)
+    assert await env.collect_trajectories(await env.get_next_item()) == (None, [])
+    group, _ = await env.collect_trajectories(await env.get_next_item())
+    assert group["scores"] == [1.0, 1.0, 1.0]
 
-    class Env(Greetings):
-        async def verify(self, item: Any, task: Any, result: Any) -> float:
-            if next(verified) == 2:
-                raise ZeroDivisionError("no tests ran")
-            return 0.5
 
+class Unsure(Greetings):
+    """Its second verification does what ``second`` says."""
+
+    asked = 0
+    second: Any = None
+
+    async def verify(self, item: Any, task: Any, result: Any) -> Any:
+        self.asked += 1
+        return 0.5 if self.asked != 2 else await self.second()
+
+
+async def raises() -> float:
+    raise ZeroDivisionError("no tests ran")
+
+
+async def hangs() -> float:
+    await asyncio.Event().wait()
+    return 1.0
+
+
+async def says_nothing() -> Any:
+    return None
+
+
+async def says_nan() -> float:
+    return float("nan")
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (raises, "ZeroDivisionError: no tests ran"),
+        (hangs, "verify_timeout=1 seconds"),
+        (says_nothing, "TypeError"),
+        (says_nan, "finite number"),
+    ],
+)
+async def test_a_verifier_that_fails_costs_one_rollout_which_is_not_run_again(
+    make: Any, tmp_path: Path, second: Any, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = type("Env", (Unsure,), {"second": staticmethod(second)})
+    env = make(kind=kind, verify_timeout=1, records_path=str(tmp_path / "records.jsonl"))
     with caplog.at_level(logging.ERROR, "hermes_atropos.environment"):
-        group, _ = await make(kind=Env).collect_trajectories({"greeting": "hello"})
-    assert group["scores"] == [0.5, 0.5]
-    assert "no tests ran" in caplog.text
+        group, _ = await env.collect_trajectories({"greeting": "hello"})
+    assert group["scores"] == [0.5, 0.5, 0.5]
+    assert words in caplog.text
+    assert env.counts["verifiers failed"] == 1
+    assert env.counts["rollouts"] == 2
+    failures = [record.metadata.get("failure", "") for record in read_records(tmp_path / "records.jsonl")]
+    assert len(failures) == 3, "the trajectory is kept"
+    assert next(failure for failure in failures if failure).startswith("VerifierError: ")
+
+
+async def test_a_verifiers_error_has_the_item_and_the_trajectory(make: Any) -> None:
+    env = make(kind=type("Env", (Unsure,), {"asked": 1, "second": staticmethod(raises)}))
+    with pytest.raises(VerifierError) as failed:
+        await env.rollout({"greeting": "hello"})
+    assert failed.value.item == {"greeting": "hello"}
+    assert failed.value.trajectory.final_response == "Done."
+    assert isinstance(failed.value.__cause__, ZeroDivisionError)
 
 
 async def test_a_rollout_that_hangs_costs_itself_alone(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     await make().collect_trajectories(
         {"greeting": "hello"}
     )  # a process's first rollouts may take longer than the limit
-    env = make(second_fails(lambda: Reply(hang=True)), rollout_timeout=5)
+    env = make(second_fails(lambda: Reply(hang=True)), rollout_timeout=5, failed_rollouts="drop")
     with caplog.at_level(logging.ERROR, "hermes_atropos.environment"):
         group, _ = await env.collect_trajectories(await env.get_next_item())
     assert "rollout_timeout=5 seconds" in caplog.text
-    assert group["scores"] == [1.0, 1.0]
+    assert env.counts["rollouts"] == 2
+    assert group["scores"] == [1.0, 1.0, 1.0]
     assert [request.cancelled for request in requests(env)].count(True) == 1
 
 
@@ -233,15 +293,9 @@ async def test_what_the_model_did_wrong_is_scored(make: Any, model: Any, ended: 
             endings.append(result["stop_reason"])
             return await super().verify(item, task, result)
 
-    group, _ = await make(model, kind=Env, max_iterations=2).collect_trajectories({"greeting": "hello"})
-    assert set(group["scores"]) == {0.0}
+    groups, _ = await make(model, kind=Env, max_iterations=2).collect_trajectories({"greeting": "hello"})
+    assert {score for group in as_list(groups) for score in group["scores"]} == {0.0}
     assert endings == [ended] * 3
-
-
-async def test_where_every_rollout_fails_the_group_fails_with_the_cause(make: Any) -> None:
-    env = make(lambda messages: Reply(error=ON_FIRE))
-    with pytest.raises(HermesAtroposError, match="the GPU is on fire"):
-        await env.collect_trajectories(await env.get_next_item())
 
 
 async def test_a_cancelled_group_leaves_nothing_running(make: Any, tmp_path: Path) -> None:
@@ -273,8 +327,31 @@ async def test_records_hold_every_rollout_with_its_score(make: Any, tmp_path: Pa
     env = make(second_fails(lambda: Reply(error=ON_FIRE)), records_path=str(path))
     await env.collect_trajectories(await env.get_next_item())
     records = list(read_records(path))
-    assert sorted(record.stop_reason for record in records) == ["completed", "completed", "server_error"]
-    assert [record.metadata.get("score") for record in records].count(1.0) == 2
+    assert sorted(record.stop_reason for record in records) == ["completed"] * 3 + ["server_error"]
+    assert [record.metadata.get("score") for record in records].count(1.0) == 3
+    [failure] = [record.metadata["failure"] for record in records if "failure" in record.metadata]
+    assert failure.startswith("RolloutFailed: the rollout ended as server_error")
+
+
+async def test_the_page_of_a_run_has_its_groups_with_their_scores(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "records.jsonl"
+    env = make(second_fails(lambda: Reply(error=ON_FIRE)), records_path=str(path))
+    for greeting in ("hello", "<hello>"):
+        await env.collect_trajectories({"greeting": greeting})
+    records = list(read_records(path))
+    assert main(["view", str(path), "--groups", str(tmp_path / "pages")]) == 0
+    assert "index.html: open it in a browser" in capsys.readouterr().out
+    page = (tmp_path / "pages" / "index.html").read_text()
+    assert page.count("<h2>{&#x27;greeting&#x27;: &#x27;hello&#x27;}</h2>") == 1
+    assert page.count("<h2>{&#x27;greeting&#x27;: &#x27;&lt;hello&gt;&#x27;}</h2>") == 1
+    assert f"{len(records)} rollouts in 2 groups, mean score 0.5, from 0 to 1" in page
+    assert page.count("rollouts, mean score 1, from 1 to 1") == page.count("rollouts, mean score 0, from 0 to 0") == 1
+    assert page.count("RolloutFailed: the rollout ended as server_error") == 1
+    for number in range(len(records)):
+        assert f'<a href="{number}.html">' in page
+        assert f"records.jsonl, record {number}" in (tmp_path / "pages" / f"{number}.html").read_text()
 
 
 async def test_a_server_without_token_ids_evaluates_and_does_not_train(make: Any) -> None:
@@ -303,7 +380,7 @@ def test_constructing_one_puts_the_process_under_the_training_profile(tmp_path: 
     """Importing does not; the keys that are asked for stay for the verifier's judge, others go."""
     script = """
 import os
-from hermes_atropos.environment import HermesEnv, HermesEnvConfig
+from hermes_atropos.environment import HermesEnv, HermesEnvConfig, Reward
 from hermes_atropos.hermes.profile import active_profile
 from hermes_atropos.testing import ScriptedServer, chatml_tokenizer
 from atroposlib.envs.base import APIServerConfig
@@ -313,14 +390,14 @@ class Server(ScriptedServer):
 
 class Env(HermesEnv):
     server_cls = Server
-    async def get_next_item(self): ...
-    async def evaluate(self): ...
     def prompt(self, item): return "Go."
     async def verify(self, item, task, result): return float(os.environ["OPENAI_API_KEY"] == "sk-judge-0123456789")
 
 assert active_profile() is None
 chatml_tokenizer().save_pretrained("tokenizer")
-config = HermesEnvConfig(tokenizer_name="tokenizer", use_wandb=False, keep_env=["OPENAI_API_KEY"])
+config = HermesEnvConfig(
+    tokenizer_name="tokenizer", use_wandb=False, keep_env=["OPENAI_API_KEY"], sandbox="folder"
+)
 env = Env(config, [APIServerConfig()])
 import asyncio, hermes_constants
 assert hermes_constants.get_hermes_home() == active_profile() is not None
@@ -328,3 +405,90 @@ print(asyncio.run(env.rollout({}))[1], "DEEPSEEK_API_KEY" in os.environ)
 """
     keys = {"OPENAI_API_KEY": "sk-judge-0123456789", "DEEPSEEK_API_KEY": "sk-0123456789abcdef"}
     assert run_script(script, tmp_path, **keys).stdout.split() == ["1.0", "False"]
+
+
+class Scored(Greetings):
+    """Six items, of which each second is scored 1; it notes what it verifies, and is cut at the fourth."""
+
+    seen: list[int]
+
+    def items(self) -> list[Any]:
+        return list(range(6))
+
+    def prompt(self, item: Any) -> str:
+        return str(item)
+
+    async def verify(self, item: Any, task: Any, result: Any) -> float | Reward:
+        if len(self.seen) == self.limit:
+            self.evaluation.cancel()
+            await asyncio.Event().wait()
+        self.seen.append(item)
+        return Reward(item % 2, metrics={"number": item})
+
+
+class Measured(Greetings):
+    async def verify(self, item: dict[str, Any], task: Any, result: dict[str, Any]) -> Reward:
+        return Reward(1.0, metrics={"steps": len(result["trajectory"].steps), "half": 0.5})
+
+
+async def test_the_trainer_hears_what_the_verifiers_measured(make: Any) -> None:
+    env = make(kind=Measured)
+    group, _ = await env.collect_trajectories(await env.get_next_item())
+    assert group["group_overrides"] == {"group_size": 3, "metrics": {"steps": 2.0, "half": 0.5}}
+
+
+async def test_an_evaluation_that_was_cut_goes_on_where_it_ended(make: Any, tmp_path: Path) -> None:
+    config = {"data_dir_to_save_evals": str(tmp_path / "evals"), "max_eval_workers": 1}
+    env = make(lambda messages: "Done.", kind=Scored, **config)
+    env.seen, env.limit, env.evaluation = [], 3, asyncio.create_task(env.evaluate())
+    with pytest.raises(asyncio.CancelledError):
+        await env.evaluation
+    after = make(lambda messages: "Done.", kind=Scored, **config)
+    after.seen, after.limit = [], 6
+    await after.evaluate()
+    assert sorted(env.seen + after.seen) == [0, 1, 2, 3, 4, 5]
+    assert after.eval_metrics == {"eval/score": 0.5, "eval/number": 2.5, "eval/items": 6, "eval/failed": 0}
+    assert sorted(os.listdir(tmp_path / "evals")) == ["metrics.json", "samples.jsonl"]
+
+
+async def test_processes_share_the_items(make: Any) -> None:
+    """Also over the end of the items, after which they come again."""
+    handed = []
+    for index in range(3):
+        env = make(kind=Scored, process_index=index, process_count=3)
+        handed.append([await env.get_next_item() for _ in range(4)])
+    assert handed == [[0, 3, 0, 3], [1, 4, 1, 4], [2, 5, 2, 5]]
+
+
+async def test_without_items_there_is_no_next(make: Any) -> None:
+    assert await make(kind=type("Empty", (Greetings,), {"items": lambda self: []})).get_next_item() is None
+
+
+def test_a_process_that_is_none_of_those_there_are_is_refused(make: Any) -> None:
+    with pytest.raises(ConfigurationError, match="count from 0"):
+        make(process_index=2, process_count=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (["process"], ["--env.use_wandb", "false"]),
+        (["evaluate", "--env.group_size", "2"], ["--env.use_wandb", "false"]),
+        (["process", "--env.use_wandb", "true"], []),
+        (["process", "--config", "with.yaml"], []),
+        (["process", "--config", "without.yaml"], ["--env.use_wandb", "false"]),
+        (["serve"], []),
+    ],
+)
+def test_wandb_is_asked_for_or_off(
+    arguments: list[str], asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """atroposlib's process and evaluate turn it on, and end without a key."""
+    (tmp_path / "with.yaml").write_text("env:\n  use_wandb: true\n")
+    (tmp_path / "without.yaml").write_text("env:\n  group_size: 2\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["env", *arguments])
+    seen = []
+    monkeypatch.setattr("atroposlib.envs.base.run_and_exit", lambda *args, **options: seen.append(list(sys.argv)))
+    Greetings.cli()
+    assert seen == [["env", *arguments, *asked]]

@@ -5,21 +5,26 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from atroposlib.envs.server_handling import managed_server_proxy
 from atroposlib.envs.server_handling.managed_server import ManagedServerAdapter, SequenceNode
 from atroposlib.envs.server_handling.openai_server import OpenAIServer
 from atroposlib.envs.server_handling.server_baseline import APIServerConfig
 from atroposlib.envs.server_handling.server_harness import ServerHarness
+from starlette.testclient import TestClient
 
+from hermes_atropos.backends import tracked
 from hermes_atropos.backends.managed import ExactManagedServer
 from hermes_atropos.errors import BackendResponseError, NoTokenizerError, TokenFidelityError, UnsupportedServerError
 from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB
 from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.servers.sampling import NEUTRAL
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.testing.tokenizer import CHATML_TEMPLATE
 
@@ -366,6 +371,32 @@ async def test_tools_are_rendered_and_calls_parsed_without_vllm(parser: str | No
     assert len(check(managed, server)) == 1
 
 
+async def test_a_call_in_another_format_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tracked._warn_of_format.cache_clear()
+    managed, _ = on("[TOOL_CALLS]ls[ARGS]{}")
+    message = await say(managed, [user("Look")], tools=TOOLS)
+    assert message.tool_calls is None
+    assert "tool_parser= of ExactManagedServer" in caplog.text
+
+
+async def test_calls_can_be_read_as_the_dicts_that_atroposlib_gives() -> None:
+    managed, server = on(tool_call("ls", path="é"), "Two files.")
+    message = await say(managed, [user("Look")], tools=TOOLS)
+    (call,) = message.tool_calls
+    assert call["id"] == call.id == call.get("id")
+    assert call["function"]["name"] == call.function.name == "ls"
+    assert "type" in call
+    assert "index" not in call
+    assert call.get("index", 7) == 7
+    with pytest.raises(KeyError):
+        call["index"]
+    assert dict(call) == {"id": call.id, "type": "function", "function": call.function}
+    assert call.model_dump() == {"id": call.id, "type": "function", "function": {**call["function"]}}
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "a b"}
+    await say(managed, [user("Look"), assistant(None, tool_calls=[call]), result], tools=TOOLS)
+    assert len(check(managed, server)) == 1, "and what was read so continues the turn"
+
+
 async def test_tool_choice_none_and_malformed_calls_are_text() -> None:
     malformed = '<tool_call>\n{"name": "ls", "arguments": {\n</tool_call>'
     managed, _ = on(tool_call("ls"), malformed)
@@ -379,7 +410,7 @@ async def test_tool_choice_none_and_malformed_calls_are_text() -> None:
 async def test_unknown_arguments_do_not_reach_the_server() -> None:
     managed, server = on("Hello.")
     await managed.chat_completion(messages=[user("Hi")], tools=TOOLS, tool_choice="auto", response_format={}, user="me")
-    assert server.requests[0].sampling.keys() <= {"model", "n", "max_tokens", "stop_token_ids"}
+    assert server.requests[0].sampling.keys() <= {"model", "n", "max_tokens", "stop_token_ids", *NEUTRAL}
 
 
 class Reasoning(ScriptedServer):
@@ -392,7 +423,7 @@ class Reasoning(ScriptedServer):
         return *answer[:3], [self.reason]
 
 
-@pytest.mark.parametrize("reason", ["abort", None, {"type": "abort"}])
+@pytest.mark.parametrize("reason", ["eviction", None, {"type": "eviction"}])
 async def test_an_unusual_finish_reason_is_no_exception(reason: Any) -> None:
     server = Reasoning([Reply("Hello", finish_reason="length")])
     server.reason = reason
@@ -480,6 +511,43 @@ async def test_a_tokenizer_of_three_methods_and_a_server_that_knows_prompts_as_t
     assert [node.tokens for node in nodes] == [encode(first + "One"), encode(then + "Three")]
     assert nodes[1].tokens.count(1) == 1
     assert nodes[1].masked_tokens[-5:] == [ord(character) for character in "Three"]
+
+
+class WithTools(Characters):
+    """Its template names the tools, and drops calls."""
+
+    def apply_chat_template(self, messages: Any, *, tools: Any = None, **options: Any) -> str:  # type: ignore[override]
+        plain = [{**message, "content": message.get("content") or ""} for message in messages]
+        return "".join(f"[{tool['function']['name']}]" for tool in tools or ()) + super().apply_chat_template(
+            plain, **options
+        )
+
+
+async def test_the_prompt_as_text_is_what_atroposlibs_proxy_renders(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = harness()
+    server.tokenizer, server.server_healthy = WithTools(), True
+    manager = SimpleNamespace(servers=[server])
+    monkeypatch.setattr(managed_server_proxy, "ManagedServer", ExactManagedServer)
+    client = TestClient(managed_server_proxy.create_app(manager, server.tokenizer, "characters"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of vLLM, which is not there
+        session = client.post("/sessions/create", json={}).json()["uuid"]
+
+    def ask(output: str, *messages: Message) -> Message:
+        body = {"messages": messages, "tools": TOOLS}
+        prompt = client.post(f"/{session}/v1/chat/completions/render", json=body).json()["prompt_text"]
+        expect(server, prompt, server.tokenizer.encode(prompt), output)
+        answer = client.post(f"/{session}/v1/chat/completions", json=body).json()
+        message: Message = answer["choices"][0]["message"]
+        return message
+
+    first = ask('<tool_call>{"name": "ls", "arguments": {"path": "."}}</tool_call>', user("Look"))
+    result = {"role": "tool", "tool_call_id": first["tool_calls"][0]["id"], "content": "a b"}
+    second = ask("Two files.", user("Look"), first, result)
+    assert second["content"] == "Two files."
+    ask("Bye.", user("Look"), first, result, second, user("Thanks"))
+    (node,) = client.get(f"/{session}/nodes").json()["nodes"]
+    assert len(node["metadata"]["turns"]) == 3
 
 
 class Closing(Characters):

@@ -69,10 +69,10 @@ class Answer:
         return thought + said + written, None if self.cut else end
 
     def _thinking(self, family: Family) -> str:
+        opening, closing = family.tags
         if family is families.GPT_OSS_FAMILY:
-            return f"<|channel|>analysis<|message|>{self.thought}<|end|><|start|>assistant"
-        opening = "" if family.thinks else "<think>\n"
-        return f"{opening}{self.thought}\n</think>\n\n"
+            return f"{opening}{self.thought}{closing}"
+        return f"{'' if family.thinks else opening}\n{self.thought}\n{closing}\n\n"
 
 
 ANSWERS = st.builds(

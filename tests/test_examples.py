@@ -18,7 +18,7 @@ import pytest
 from pseudoterminal import PseudoTerminal
 from support import forked
 
-from hermes_atropos.trajectory import read_record
+from hermes_atropos.trajectory import read_records
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -238,28 +238,25 @@ def test_the_environments_groups_carry_logprobs(folder: Path, environment: dict[
     assert_private(environment)
 
 
-def test_the_demo_shows_a_whole_rollout(folder: Path, environment: dict[str, str]) -> None:
+def test_the_demo_shows_a_group_of_rollouts(folder: Path, environment: dict[str, str]) -> None:
     printed = run("demo.py", cwd=folder, env=environment)
-    record = read_record(folder / "build" / "demo.jsonl")
-    [sequence] = record.sequences
-    malformed, mended = record.steps[1].tool_calls
-    logprobs = [logprob for logprob in sequence.logprobs if logprob <= 0]
-    assert [call.name for step in record.steps for call in step.tool_calls if call.error is None] == [
-        "terminal",
-        "write_file",
-        "terminal",
-    ]
+    records = list(read_records(folder / "build" / "demo.jsonl"))
+    assert len(records) == 8
+    sampled = [sum(sequence.trainable for sequence in record.sequences) for record in records]
+    for number, record in enumerate(records):
+        malformed = sum(call.error is not None for step in record.steps for call in step.tool_calls)
+        row = [number, record.metadata["score"], record.num_steps, malformed, record.total_tokens, sampled[number]]
+        assert re.search("^ *" + " +".join(map(str, row)) + f" +{len(record.sequences)} ", printed, re.M)
+    mean = sum(record.metadata["score"] for record in records) / 8
+    [chosen] = re.findall(r"Rollout (\d), read aloud", printed)
+    calls = [call for step in records[int(chosen)].steps for call in step.tool_calls]
     for expected in [
-        f"calls, malformed: {malformed.raw!r}",
-        f"calls {mended.name} {{",
-        "so the score is 1.0",
-        "Stopped: completed",
-        f"{len(sequence)} tokens, {sequence.trainable} of them sampled",
-        f"logprobs from {min(logprobs)} to {max(logprobs)}",
-        *[f"prompt {number}: " for number in (1, 2, 3, 4, 5)],
-        "exactly one <|im_end|> closes each",
-        "The trajectory is in build/demo.jsonl",
+        f"Mean score {mean:.2f}",
+        *[f"calls {call.name} {{" if call.error is None else f"calls, malformed: {call.raw!r}" for call in calls],
+        "the tokens of all 8 rollouts are those in the model's own books",
+        f"{sum(sampled)} tokens were sampled: each is trainable exactly once",
+        "The records are in build/demo.jsonl; build/demo/index.html shows them",
     ]:
         assert expected in printed
-    assert record.metadata == {"score": 1.0}
+    assert all(f'href="{number}.html"' in (folder / "build/demo/index.html").read_text() for number in range(8))
     assert_private(environment)

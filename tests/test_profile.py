@@ -56,6 +56,20 @@ print(*[name for name in {gone + kept} if name in os.environ])
     assert left.split() == kept
 
 
+def test_what_is_kept_for_a_judge_is_not_for_the_model(tmp_path: Path) -> None:
+    kept = {"OPENAI_API_KEY": "sk-0123456789abcdef", "OPENROUTER_BASE_URL": "http://judge", "HF_TOKEN": "hf_0123"}
+    script = f"""
+import os
+from hermes_atropos import use_training_profile
+use_training_profile(keep_env={list(kept)})
+from support import agent_saying
+with agent_saying().task() as task:
+    seen = task.sandbox.run("env").output + task.terminal("env").output
+print([name for name, value in {kept}.items() if os.environ.get(name) != value or value in seen])
+"""
+    assert run(script, tmp_path, **kept)[-1] == "[]"
+
+
 def test_after_hermes_it_is_too_late(tmp_path: Path) -> None:
     script = """
 import hermes_atropos.hermes.agent

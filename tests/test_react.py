@@ -463,9 +463,9 @@ class TestHermesTools:
 
 
 class TestConstruction:
-    def test_defaults_of_the_predecessor(self) -> None:
+    def test_defaults(self) -> None:
         config = AgentConfig()
-        assert (config.temperature, config.max_tokens, config.max_steps) == (0.7, None, 50)
+        assert (config.temperature, config.max_tokens, config.max_steps) == (1.0, None, 50)
         assert (config.system_prompt, config.tool_delay_s, config.working_dir) == (None, 0.0, None)
 
     async def test_sampling_parameters_reach_the_server(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import threading
 import weakref
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def in_terms_of(family: Family, messages: Messages, tools: Any) -> tuple[Messages, Any]:
     """A conversation as a user of ``apply_chat_template`` would write it for that family's template."""
     plain: Messages = []
-    calls_as_text = not family.tool_role or (family is families.HERMES3_FAMILY and not tools)
+    calls_as_text = not (family.tool_role and family.calls) or (family is families.HERMES3_FAMILY and not tools)
     if tools and not family.tools:
         head, rest = ("", messages) if messages[0]["role"] != "system" else (messages[0]["content"], messages[1:])
         messages, tools = [system("\n\n".join(text for text in (head, tools_prompt(tools)) if text)), *rest], None
@@ -128,6 +129,13 @@ def in_terms_of(family: Family, messages: Messages, tools: Any) -> tuple[Message
     return plain, tools
 
 
+def with_ids(family: Family, written: Any) -> Any:
+    """What holds ids of calls, with those that the family's models write."""
+    if family is not families.KIMI_K2_FAMILY:
+        return written
+    return json.loads(re.sub(r'"(?:abcdefgh|earlier0)(\d)"', r'"functions.terminal:\1"', json.dumps(written)))
+
+
 def joined(messages: Messages, together: Any) -> Messages:
     whole: Messages = []
     for message in messages:
@@ -158,14 +166,15 @@ def going_on(family: Family, way: str, one: str, two: str) -> tuple[Messages, di
         families.THOUGHT_RESULT: (start, calls("abcdefgh1", reasoning_content="Hm."), [result("abcdefgh1", one)]),
         families.RESULT_USER: (start, calls("abcdefgh1"), [result("abcdefgh1", one), user(two)]),
     }[way]
-    return before, turn | thought, after
+    before, turn, after = with_ids(family, [before, turn | thought, after])
+    return before, turn, after
 
 
 def sampled(family: Family, turn: dict[str, Any], *, closed: bool = True) -> list[int]:
     """Some ids that a model may have sampled as that turn; only how it ends and whether it thought is looked at."""
     tokenizer = TOKENIZERS[family.name]
-    opening = "<|channel|>analysis<|message|>" if family is families.GPT_OSS_FAMILY else "<think>"
-    text = "Some words.  \n" if "reasoning_content" not in turn else f"{opening}Hm.</think>Words."
+    opening, closing = family.tags
+    text = "Some words.  \n" if "reasoning_content" not in turn else f"{opening}Hm.{closing}Words."
     end = (family.call_end if "tool_calls" in turn else None) or family.special[0]
     return encode(tokenizer, text + (end if closed else ""))
 
@@ -211,6 +220,7 @@ class TestPrompt:
             answer("Say more."),
             user("More."),
         ]
+        messages = with_ids(family, messages)
         plain, plain_tools = in_terms_of(family, messages, tools)
         expected = apply(TOKENIZERS[family.name], plain, plain_tools)
         assert RENDERERS[family.name].render(messages, tools) == encode(TOKENIZERS[family.name], expected)
@@ -256,12 +266,15 @@ class TestBridge:
         one, two, three, four, five, six = contents
         messages = [system(one), user(two)]
         stream = renderer.render(messages, tools)
-        for turn, after in [
-            (calls("abcdefgh1"), [result("abcdefgh1", three)]),
-            (calls("abcdefgh2"), [result("abcdefgh2", four)]),
-            (answer("last words"), [user(five)]),
-            (calls("abcdefgh3"), [result("abcdefgh3", six)]),
-        ]:
+        for turn, after in with_ids(
+            family,
+            [
+                (calls("abcdefgh1"), [result("abcdefgh1", three)]),
+                (calls("abcdefgh2"), [result("abcdefgh2", four)]),
+                (answer("last words"), [user(five)]),
+                (calls("abcdefgh3"), [result("abcdefgh3", six)]),
+            ],
+        ):
             history = [*messages, turn | ({"reasoning_content": "Hm."} if family.thinks else {})]
             plain, plain_tools = in_terms_of(family, [*history, *after], tools)
             whole, text = apply(tokenizer, plain, plain_tools), renderer.decode(stream)
@@ -269,8 +282,9 @@ class TestBridge:
             said, closed, _ = whole[len(text) :].partition(end)
             ids = encode(tokenizer, said + closed)
             bridge = renderer.bridge(history, ids, after, tools)
-            if bridge is None:
-                assert family.breaks or family is families.MISTRAL_FAMILY
+            if bridge is None:  # what a user says may be taken for a result, where that decides on reasoning
+                like_a_result = any(text.lstrip().startswith("<tool_response>") for text in (two, five))
+                assert family.breaks or family is families.MISTRAL_FAMILY or like_a_result
                 break
             assert whole.startswith(text)
             stream += [*ids, *bridge]
@@ -406,6 +420,12 @@ class TestTurns:
     """What a model samples: how it ends, what is in it."""
 
     @every_family
+    def test_its_format_and_its_reasoning(self, family: Family) -> None:
+        renderer = RENDERERS[family.name]
+        assert renderer.tool_format == family.format
+        assert renderer.reasoning_tags == tuple(tag.strip() for tag in family.tags)
+
+    @pytest.mark.parametrize("family", [family for family in FAMILIES if family.calls], ids=str)
     def test_calls_as_the_family_writes_them(self, family: Family) -> None:
         """The format is found in the template, and what that writes as an answer is read back."""
         renderer, tokenizer = RENDERERS[family.name], TOKENIZERS[family.name]
@@ -449,8 +469,12 @@ class TestTurns:
         tokenizer = TOKENIZERS[family.name]
         ends = set(tokenizer.convert_ids_to_tokens(sorted(RENDERERS[family.name].stop_token_ids)))
         assert {family.special[0], family.call_end or family.special[0], tokenizer.eos_token} <= ends
-        assert ends <= {*family.special[:3], "<|endoftext|>", "<|eom_id|>", "[EOS]", "<eos>"}
-        assert not ends & {"<|im_start|>", "<|start|>", "<|end|>", "<|assistant|>", "<start_of_turn>"}
+        assert ends <= {*family.special[:3], family.call_end, "<|endoftext|>", "<|eom_id|>", "[EOS]", "<eos>"}
+        assert (
+            not ends
+            & {*family.special[1:]}
+            & {"<|im_start|>", "<|start|>", "<|end|>", "<|assistant|>", "<start_of_turn>"}
+        )
 
     @pytest.mark.parametrize("cut", [False, True], ids=["ended", "cut off"])
     def test_the_end_is_not_part_of_the_answer(self, cut: bool) -> None:
@@ -521,6 +545,14 @@ class TestTerms:
         for name in ("ChatML", "Qwen 2.5", "Gemma 2", "DeepSeek V3"):
             text = RENDERERS[name].decode(RENDERERS[name].render([user("Go."), turn, result("abcdefgh1", "?")], TOOLS))
             assert '{\\"text\\": ' in text or '{"text": ' in text.partition("Go.")[2]
+
+    def test_an_id_that_must_hold_the_name(self) -> None:
+        """Kimi's template writes no name: of calls that another model or a server numbered, the id gets it."""
+        messages = [user("Go."), calls("call_1", "call_2"), result("call_2", "two"), result("call_1", "one")]
+        text = RENDERERS["Kimi K2"].decode(RENDERERS["Kimi K2"].render(messages, TOOLS))
+        for number, content in enumerate(["one", "two"]):
+            assert f"<|tool_call_begin|>functions.terminal:{number}<|" in text
+            assert f"## Return of functions.terminal:{number}\n{content}" in text
 
     def test_long_ids_for_a_template_that_takes_nine_characters(self) -> None:
         renderer = RENDERERS["Mistral"]
@@ -681,6 +713,116 @@ class TestUnprovable:
         assert renderer_for(tokenizer, enable_thinking=False).bridge(self.HISTORY, [10, 0], [user("More.")]) is None
 
 
+class TestFormats:
+    """A format that nobody reads is never silent."""
+
+    CALLS = "{{- '<call fn=\"' + call.name + '\">' + (call.arguments | tojson) + '</call>' -}}"
+
+    def tokenizer(self, call: str, head: str = families.QWEN_HEAD, special: tuple[str, ...] = ()) -> Any:
+        """Qwen's layout, in which calls are written so."""
+        calls = "{%- for call in message.tool_calls or [] -%}{%- set call = call.function -%}" + call + "{%- endfor -%}"
+        template = (
+            head
+            + "{%- for message in messages -%}{%- set content = message.content or '' -%}"
+            + families.QWEN_USER
+            + "{%- elif message.role == 'assistant' -%}{{- '<|im_start|>assistant\\n' + content -}}"
+            + calls
+            + "{{- '<|im_end|>\\n' -}}"
+            + families.QWEN_TOOL
+            + "{%- endif -%}{%- endfor -%}"
+            + "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+        )
+        return make_tokenizer(template, (*families.CHATML_TOKENS, *special), eos="<|im_end|>")
+
+    def test_a_call_that_is_not_read_is_refused_at_once(self) -> None:
+        with pytest.raises(ChatTemplateError) as caught:
+            renderer_for(self.tokenizer(self.CALLS))
+        for words in ('<call fn="atropos_probe_tool">', "tool_format=", "hermes, ", "formats.register"):
+            assert words in str(caught.value)
+
+    def test_who_says_how_the_model_writes_is_believed(self) -> None:
+        assert renderer_for(self.tokenizer(self.CALLS), tool_format="mistral").tool_format == "mistral"
+
+    def test_a_format_is_known_by_what_it_reads(self) -> None:
+        """Tags that a format has are not enough: this template writes YAML between them."""
+        yaml = "{{- '<tool_call>\\nname: ' + call.name + '\\nvalue: ' + call.arguments.value + '\\n</tool_call>' -}}"
+        with pytest.raises(ChatTemplateError, match="name: atropos_probe_tool"):
+            renderer_for(self.tokenizer(yaml))
+
+    def test_what_ends_a_turn_is_not_part_of_the_call(self) -> None:
+        """Also where the tokenizer does not know it for special."""
+        assert renderer_for(make_tokenizer(families.QWEN25, ("<|endoftext|>",))).tool_format == "hermes"
+
+    def test_nothing_may_be_left_of_it(self) -> None:
+        """Python in tags is more than the Python: what is left of the tags would be content."""
+        python = "{{- '<|begin|>[' + call.name + '(value=' + (call.arguments.value | tojson) + ')]<|end|>' -}}"
+        with pytest.raises(ChatTemplateError, match=r"<\|begin\|>"):
+            renderer_for(self.tokenizer(python))
+
+    def test_where_no_call_is_written_what_is_said_of_the_tools_tells(self) -> None:
+        """As in Granite 3.3, whose calls are text for the template."""
+        head = families.QWEN_HEAD.replace("<tool_call>", "<|tool_call|>").replace("</tool_call>", "")
+        assert renderer_for(self.tokenizer("", head)).tool_format == "granite"
+
+    def test_or_what_tokens_there_are(self) -> None:
+        """As in LFM2.5."""
+        head = families.QWEN_HEAD.replace("<tool_call>", "").replace("</tool_call>", "")
+        tokenizer = self.tokenizer("", head, ("<|tool_call_start|>", "<|tool_call_end|>"))
+        assert renderer_for(tokenizer).tool_format == "lfm2"
+
+    def test_or_it_has_to_be_said(self) -> None:
+        head = families.QWEN_HEAD.replace("<tool_call>", "").replace("</tool_call>", "")
+        with pytest.raises(ChatTemplateError, match=r"does not write tool calls.*pass tool_format="):
+            renderer_for(self.tokenizer("", head))
+        assert renderer_for(self.tokenizer("", head), tool_format="pythonic").tool_format == "pythonic"
+
+    def test_calls_that_are_text_are_written_as_they_were_sampled(self) -> None:
+        head = families.QWEN_HEAD.replace("<tool_call>", "<|tool_call|>").replace("</tool_call>", "")
+        renderer = renderer_for(self.tokenizer("", head))
+        turn = calls("a")
+        turn["tool_calls"][0]["sampled"] = '<|tool_call|>[{"name": "terminal"}]'
+        text = renderer.decode(renderer.render([user("Go."), turn, result("a", "x")], TOOLS))
+        assert '<|im_start|>assistant\n<|tool_call|>[{"name": "terminal"}]<|im_end|>' in text
+
+
+class TestReasoningTags:
+    @pytest.mark.parametrize("opens", [False, True], ids=["the model opens it", "the prompt does"])
+    @pytest.mark.parametrize("tags", [("<mm:think>", "</mm:think>"), ("Here I think:", "[ANSWER]")], ids=str)
+    def test_they_are_those_of_the_template(self, tags: tuple[str, str], opens: bool) -> None:
+        opening, closing = tags
+        template = (families.QWEN3_THINKING if opens else families.QWEN3).replace("<think>", opening)
+        tokenizer = make_tokenizer(template.replace("</think>", closing), families.CHATML_TOKENS)
+        renderer = renderer_for(tokenizer)
+        assert renderer.reasoning_tags == tags
+        text = f"Hm.\n{closing}\n\nFour.<|im_end|>" if opens else f"{opening}\nHm.\n{closing}\n\nFour.<|im_end|>"
+        parsed = renderer.parse(encode(tokenizer, text))
+        assert (parsed.content, parsed.reasoning) == ("Four.", "Hm.")
+
+    def test_reasoning_has_a_place_in_the_content_where_that_keeps_it(self) -> None:
+        messages = [user("Go."), answer("Yes.", reasoning_content="A thought."), user("On.")]
+        kept = renderer_for(families.HERMES4_FAMILY.tokenizer(), keep_cots=True)
+        assert "<think>\nA thought.\n</think>\n\nYes." in kept.decode(kept.render(messages))
+        dropped = RENDERERS["Hermes 4"]
+        assert "A thought." not in dropped.decode(dropped.render(messages))
+
+
+class TestFaultsInTheHistory:
+    """An answer whose call was malformed, and the error that it got, are in the history as text and as a result."""
+
+    @pytest.mark.parametrize("family", [families.MISTRAL_FAMILY, families.QWEN3_FAMILY], ids=str)
+    def test_they_can_be_rendered(self, family: Family) -> None:
+        renderer = RENDERERS[family.name]
+        faulty = [
+            answer("[TOOL_CALLS]oops"),
+            result("a", "Error: no JSON."),
+            answer("[TOOL_CALLS]oh"),
+            result("b", "No."),
+        ]
+        text = renderer.decode(renderer.render([user("Go."), *faulty, answer("Sorry."), user("On.")], TOOLS))
+        places = [text.index(part) for part in ("oops", "Error: no JSON.", "oh", "No.", "Sorry.", "On.")]
+        assert places == sorted(places)
+
+
 class TestMaking:
     def test_one_renderer_for_a_tokenizer(self) -> None:
         tokenizer = families.QWEN25_FAMILY.tokenizer()
@@ -719,6 +861,18 @@ class TestMaking:
     def test_a_template_that_renders_nothing(self, template: str) -> None:
         with pytest.raises(ChatTemplateError):
             renderer_for(make_tokenizer(template, families.CHATML_TOKENS))
+
+    def test_a_template_that_cannot_go_on_after_an_answer(self) -> None:
+        """It is refused before the first call, not at the second."""
+        refusing = "{%- if messages | length > 1 -%}{{- raise_exception('one message') -}}{%- endif -%}"
+        with pytest.raises(ChatTemplateError, match=r"one message.*renders a conversation"):
+            renderer_for(make_tokenizer(refusing + families.HERMES3_PLAIN, families.CHATML_TOKENS))
+
+    def test_a_template_that_needs_an_argument(self) -> None:
+        tokenizer = make_tokenizer("{{ functions[0] }}" + families.HERMES3_PLAIN, families.CHATML_TOKENS)
+        with pytest.raises(ChatTemplateError, match=r"'functions' is undefined.*chat_template_kwargs="):
+            renderer_for(tokenizer)
+        assert renderer_for(tokenizer, functions=["ls"]).render([user("Go.")])
 
     def test_a_tokenizer_that_does_not_read_its_own_control_tokens(self) -> None:
         class Literal(Counting):

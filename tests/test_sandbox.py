@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,9 +21,12 @@ from hypothesis import strategies as st
 from support import LIMIT, nothing_left, processes, until
 from tools import terminal_tool
 from tools.environments.local import LocalEnvironment
+from tools.process_registry import process_registry
 
 from hermes_atropos.errors import SandboxError, WorkspaceError
+from hermes_atropos.hermes.releases import release
 from hermes_atropos.hermes.terminal import HermesSandbox
+from hermes_atropos.sandbox.processes import MARKER
 
 #: Commands that change their shell, in all sorts of ways, and one that shows it.
 COMMANDS = [
@@ -94,16 +98,16 @@ class TestShell:
         for command in ("export COLOUR=blue; exit 3", "export COLOUR=blue; exec true", "COLOUR=blue; kill -9 $$"):
             sandbox.run(command)
         assert sandbox.run("echo $COLOUR").output == "red\n"
-        assert len(os.listdir(sandbox.environment().get_temp_dir())) == 1
+        assert sandbox.run("ls -A ${TMPDIR:-/tmp}").output == ""
 
-    def test_variables_that_cannot_be_written_change_no_output(self, sandbox: HermesSandbox) -> None:
+    def test_variables_need_no_file(self, sandbox: HermesSandbox) -> None:
         sandbox.run("rm -rf $TMPDIR")
         assert sandbox.run("export COLOUR=red; echo on").output == "on\n"
-        assert sandbox.run("echo [$COLOUR]").output == "[]\n"
+        assert sandbox.run("echo [$COLOUR]").output == "[red]\n"
 
     def test_the_home_and_temporary_files_are_its_own(self, sandbox: HermesSandbox) -> None:
         home, temporary, made = sandbox.run("echo $HOME; echo $TMPDIR; mktemp").output.split()
-        assert {Path(home).parent, Path(temporary).parent} == {sandbox.workspace.parent}
+        assert Path(home) == Path(temporary).parent == sandbox.workspace.parent
         assert Path(made).is_relative_to(temporary)
         assert sandbox.run("cd && pwd").output.strip() == home
 
@@ -117,7 +121,7 @@ class TestShell:
 
     def test_a_command_that_will_not_end_is_killed(self, sandbox: HermesSandbox) -> None:
         assert sandbox.run("trap '' TERM INT HUP; while true; do sleep 0.1; done", timeout=1).exit_code == 124
-        until(lambda: not processes())
+        until(lambda: len(processes()) == 1)  # the shell that stays
 
     def test_input_is_at_its_end(self, sandbox: HermesSandbox) -> None:
         assert sandbox.run("cat; echo done").output.strip() == "done"
@@ -156,8 +160,10 @@ class TestShell:
 
     def test_the_login_shell_runs_once_also_when_many_open_at_once(self, logins: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
-            for sandbox in pool.map(lambda _: HermesSandbox(), range(8)):
-                sandbox.release()
+            sandboxes = list(pool.map(lambda _: HermesSandbox(), range(8)))
+            list(pool.map(lambda sandbox: sandbox.run("true"), sandboxes))
+        for sandbox in sandboxes:
+            sandbox.release()
         assert len(logins.read_text().splitlines()) == 1
 
     def test_two_sandboxes_share_nothing(self) -> None:
@@ -275,8 +281,8 @@ class TestRegistration:
 
     def test_the_end_of_a_subagent_leaves_it_open(self, sandbox: HermesSandbox) -> None:
         sandbox.register("child")
-        terminal_tool.cleanup_vm("child")
-        terminal_tool.cleanup_vm(sandbox.hermes_id)
+        release().lifecycle().cleanup_vm("child")
+        release().lifecycle().cleanup_vm(sandbox.hermes_id)
         sandbox.register(sandbox.hermes_id)
         assert sandbox.run("echo on").output.strip() == "on"
 
@@ -320,7 +326,7 @@ class TestRelease:
             "mkdir -p a/b/c && touch a/b/c/d && chmod 0 a/b/c a/b a",
             "ln -s / everything; ln -s .. up",
             "mkfifo pipe; mknod device p",
-            "rm -rf ../workspace ../home ../tmp",
+            "cd /; rm -rf ~",
             "mkdir -p $(printf 'd/%.0s' $(seq 200))",
             "touch -- '-rf' 'new\nline' $'\\xff'",
         ],
@@ -385,6 +391,20 @@ class TestRelease:
         sandbox.release()
         assert of_all(str(script)) == of_all("again.sh") == []
 
+    def test_a_background_process_that_does_not_listen_is_not_waited_for(
+        self, sandbox: HermesSandbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Hermes asks it to end, and kills it two seconds later."""
+        asked: list[Any] = []
+        monkeypatch.setattr(type(process_registry), "_terminate_host_pid", lambda *given: asked.append(given))
+        sandbox.run("true")
+        command = "trap '' TERM; echo begun > begun; sleep 1000; sleep 1000"
+        terminal_tool.terminal_tool(command=command, background=True, task_id=sandbox.hermes_id)
+        until(lambda: (sandbox.workspace / "begun").exists())
+        sandbox.release()
+        assert not process_registry.has_active_processes(sandbox.hermes_id)
+        assert asked == []
+
     def test_other_processes_go_on(self, sandbox: HermesSandbox) -> None:
         other = HermesSandbox()
         other.run("sleep 1000 >/dev/null 2>&1 &")
@@ -409,7 +429,7 @@ class TestCalls:
         command.cancel()
         with pytest.raises(asyncio.CancelledError):
             await command
-        assert not processes()
+        assert len(processes()) == 1, "the shell that stays"
         assert (await sandbox.call(lambda: sandbox.run("echo on"))).output.strip() == "on"
 
     def test_commands_that_take_long_keep_no_other_from_starting(self, sandbox: HermesSandbox) -> None:
@@ -445,6 +465,23 @@ class TestShared:
             sandbox = HermesSandbox("mine", tmp_path, private=False)
             assert sandbox.run("echo $HOME $FROM_PROFILE").output.split() == [str(tmp_path), "yes"]
             sandbox.release()
+
+    def test_the_user_s_login_shell_is_started_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And again when one of its files has changed. No sandbox hears of another through it."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        seen = []
+        for number, colour in enumerate(["red", "red", "blue"]):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            profile = f"export COLOUR={colour}\nf() {{ echo called; }}\necho >> ~/logins\n"
+            if not number or colour == "blue":
+                (tmp_path / ".profile").write_text(profile)
+            sandbox = HermesSandbox(f"task{number}", folder, private=False)
+            seen.append(sandbox.run(f"echo $COLOUR; f; basename $PWD; echo ${MARKER}").output.split())
+            sandbox.release()
+        assert [told[:3] for told in seen] == [["red", "called", "0"], ["red", "called", "1"], ["blue", "called", "2"]]
+        assert len({told[3] for told in seen}) == 3, "by which its processes are known"
+        assert len((tmp_path / "logins").read_text().splitlines()) == 2
 
     def test_its_processes_end_too(self, tmp_path: Path) -> None:
         with nothing_left():

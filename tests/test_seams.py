@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +19,9 @@ from tools.environments.local import LocalEnvironment
 
 from hermes_atropos.errors import ConfigurationError, UnsupportedVersionError
 from hermes_atropos.hermes import hooks, seams, versions
+from hermes_atropos.hermes.acting import acting_agent, acting_for
 from hermes_atropos.hermes.agent import AtroposAIAgent
-from hermes_atropos.hermes.seams import ATTRIBUTES, SEAMS, WRAPPED, Seam, acting_agent, acting_for
+from hermes_atropos.hermes.seams import ATTRIBUTES, SEAMS, WRAPPED, Seam
 
 
 def owner_of(seam: Seam) -> tuple[Any, str]:
@@ -169,3 +172,9 @@ def test_a_subagent_past_the_library_raises_and_ends_the_rollout(monkeypatch: py
     assert isinstance(result["cause"], UnsupportedVersionError)
     assert "made a subagent of the class object past this library" in result["error"]
     assert len(server_of(agent).requests) == 1
+
+
+def test_the_page_on_releases_names_all_that_is_wrapped() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "hermes-versions.md").read_text()
+    table = page.partition("## What is wrapped in place")[2].partition("\n## ")[0]
+    assert {f"{module}.{name}" for module, name in WRAPPED} == set(re.findall(r"`([a-z_]+\.[\w.]+)`", table))

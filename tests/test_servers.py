@@ -78,7 +78,13 @@ async def ask(server: Any, prompt_ids: list[int] | None = None, **kwargs: Any) -
 
 
 def generations(wired: Wire) -> list[wire.WireRequest]:
-    return [r for r in wired.requests if r.path in {"/v1/completions", "/inference/v1/generate", "/generate"}]
+    """The requests for answers; not the one by which SGLang is asked for its vocabulary."""
+    paths = {"/v1/completions", "/inference/v1/generate", "/generate"}
+    return [r for r in wired.requests if r.path in paths and not asks_for_vocabulary(r)]
+
+
+def asks_for_vocabulary(request: wire.WireRequest) -> bool:
+    return "logit_bias" in (request.body.get("sampling_params") or {})
 
 
 def prompt_of(request: wire.WireRequest) -> list[int]:
@@ -136,7 +142,7 @@ async def test_max_tokens_is_cut_to_what_the_context_leaves(name: str) -> None:
     with make(context_length=40, reply="one two three " * 30) as wired:
         server = connect(cls, wired)
         _, [output], _, reasons = await ask(server, list(range(20)), max_tokens=1000)
-        assert len(output) == 20
+        assert len(output) == 20 - server.reserved
         assert words(reasons) == ["length"]
         with pytest.raises(ContextLengthError, match=r"40 tokens, the context of .* 40"):
             await ask(server, list(range(40)), max_tokens=1)
@@ -154,14 +160,15 @@ async def test_sampling_parameters_arrive_and_nothing_that_is_none(server: Token
         stop_token_ids=[2],
         stop=None,
         seed=7,
-        extra_body={"ignore_eos": True},
+        extra_body={"skip_special_tokens": False},
         messages=[{"role": "user", "content": "not for the sampler"}],
         tools=[],
         split="train",
     )
     body = generations(wired)[0].body
     sampling = body.get("sampling_params", body)
-    expected = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "stop_token_ids": [2], "ignore_eos": True}
+    expected = {"temperature": 0.5, "top_p": 0.9, "top_k": 20, "stop_token_ids": [2]}
+    expected |= {"skip_special_tokens": False}
     assert expected.items() <= sampling.items()
     assert sampling.get("seed", sampling.get("sampling_seed")) == 7
     assert not sampling.keys() & {"stop", "messages", "tools", "split"}

@@ -49,7 +49,7 @@ def model(messages):
         return terminal("echo x > x") if kinds.count("child") == 1 else "Written."
     kinds.append("main")
     number = kinds.count("main")
-    return tool_call("delegate_task", goal="Write x.") if number == 2 else terminal(f"seq {number} 3000")
+    return tool_call("delegate_task", goal="Write x.") if number == 2 else terminal(f"seq {number} 1000")
 
 kinds = []
 

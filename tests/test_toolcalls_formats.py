@@ -129,6 +129,129 @@ def gpt_oss(calls: Sequence[Call]) -> str:
     )  # fmt: skip
 
 
+def granite(calls: Sequence[Call]) -> str:
+    return "<|tool_call|>" + listed(calls)
+
+
+def phi(calls: Sequence[Call]) -> str:
+    return f"<|tool_call|>{listed(calls)}<|/tool_call|>"
+
+
+def apriel(calls: Sequence[Call]) -> str:
+    return f"<tool_calls>{listed(calls)}</tool_calls>"
+
+
+def nemotron(calls: Sequence[Call]) -> str:
+    return f"<TOOLCALL>{listed(calls)}</TOOLCALL>"
+
+
+def listed(calls: Sequence[Call]) -> str:
+    return dumps([{"name": f, "arguments": x} for f, x in calls])
+
+
+def gigachat_3(calls: Sequence[Call]) -> str:
+    return "".join(f"function call<|role_sep|>\n{dumps({'name': f, 'arguments': x})}<|message_sep|>" for f, x in calls)
+
+
+def gigachat_31(calls: Sequence[Call]) -> str:
+    return "".join(f"<|function_call|>{dumps({'name': f, 'arguments': x})}" for f, x in calls)
+
+
+def apertus(calls: Sequence[Call]) -> str:
+    return f"<|tools_prefix|>{dumps([{f: x} for f, x in calls])}<|tools_suffix|>"
+
+
+def command_r7b(calls: Sequence[Call]) -> str:
+    written = [{"tool_call_id": str(at), "tool_name": f, "parameters": x} for at, (f, x) in enumerate(calls)]
+    return f"<|START_ACTION|>{dumps(written)}<|END_ACTION|>"
+
+
+def command_r(calls: Sequence[Call]) -> str:
+    return f"Action: ```json\n{dumps([{'tool_name': f, 'parameters': x} for f, x in calls])}\n```"
+
+
+def internlm(calls: Sequence[Call]) -> str:
+    written = (dumps({"name": f, "parameters": x}) for f, x in calls)
+    return "\n".join(f"<|action_start|><|plugin|>{call}<|action_end|>" for call in written)
+
+
+def functionary(calls: Sequence[Call]) -> str:
+    return "".join(f"<function={f}>{dumps(x)}</function>" for f, x in calls)
+
+
+def invoked(calls: Sequence[Call], call: str, parameter: str, closing: str, end: str) -> str:
+    """Calls whose arguments are tagged, each with a tag that names what it is."""
+    return "\n".join(
+        "\n".join([call % f, *(parameter % key + plain(value) + closing for key, value in x.items()), end])
+        for f, x in calls
+    )
+
+
+def minimax(calls: Sequence[Call]) -> str:
+    written = invoked(calls, '<invoke name="%s">', '<parameter name="%s">', "</parameter>", "</invoke>")
+    return f"<minimax:tool_call>\n{written}\n</minimax:tool_call>"
+
+
+def seed_oss(calls: Sequence[Call]) -> str:
+    head, end = "<seed:tool_call>\n<function=%s>", "</function>\n</seed:tool_call>"
+    return invoked(calls, head, "<parameter=%s>\n", "\n</parameter>", end)
+
+
+def minicpm(calls: Sequence[Call]) -> str:
+    return invoked(calls, '<function name="%s">', '<param name="%s">', "</param>", "</function>")
+
+
+def step3(calls: Sequence[Call]) -> str:
+    head, parameter = '<steptml:invoke name="%s">', '<steptml:parameter name="%s">'
+    written = (invoked([call], head, parameter, "</steptml:parameter>", "</steptml:invoke>") for call in calls)
+    blocks = (f"<｜tool_call_begin｜>function<｜tool_sep｜>{one}<｜tool_call_end｜>" for one in written)
+    return f"<｜tool_calls_begin｜>{''.join(blocks)}<｜tool_calls_end｜>"
+
+
+def solar(calls: Sequence[Call]) -> str:
+    written = (
+        f"<|tool_call:begin|>{number}<|tool_call:name|>{f}<|tool_call:args|>{dumps(x)}<|tool_call:end|>"
+        for number, (f, x) in enumerate(calls)
+    )
+    return "<|tool_calls|>" + "".join(written)
+
+
+def lfm2(calls: Sequence[Call]) -> str:
+    return f"<|tool_call_start|>{pythonic(calls)}<|tool_call_end|>"
+
+
+def python_lines(calls: Sequence[Call]) -> str:
+    return "\n".join(pythonic([call])[1:-1] for call in calls)
+
+
+def minicpm3(calls: Sequence[Call]) -> str:
+    return f"<|tool_call_start|>\n```python\n{python_lines(calls)}\n```\n<|tool_call_end|>"
+
+
+def olmo3(calls: Sequence[Call]) -> str:
+    return f"<function_calls>\n{python_lines(calls)}\n</function_calls>"
+
+
+def gemma4(calls: Sequence[Call]) -> str:
+    written = (f + braced(x, '<|"|>', keys=False) for f, x in calls)
+    return "".join(f"<|tool_call>call:{call}<tool_call|>" for call in written)
+
+
+def functiongemma(calls: Sequence[Call]) -> str:
+    written = (f"call:{f}{braced(x, '<escape>', keys=False)}" for f, x in calls)
+    return "".join(f"<start_function_call>{call}<end_function_call>" for call in written)
+
+
+def braced(value: Any, quote: str, *, keys: bool = True) -> str:
+    """As Gemma writes a value; ``keys``: those of an object stand in quotes."""
+    if isinstance(value, dict):
+        named = ((f"{quote}{key}{quote}" if keys else key, braced(item, quote)) for key, item in value.items())
+        return "{" + ",".join(f"{key}:{item}" for key, item in named) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(braced(item, quote) for item in value)}]"
+    return f"{quote}{value}{quote}" if isinstance(value, str) else dumps(value)
+
+
 WRITERS: list[tuple[str, Callable[[Sequence[Call]], str]]] = [
     ("hermes", hermes),
     ("qwen3_coder", qwen3_coder),
@@ -145,6 +268,27 @@ WRITERS: list[tuple[str, Callable[[Sequence[Call]], str]]] = [
     ("deepseek", deepseek_v32),
     ("kimi", kimi),
     ("gpt_oss", gpt_oss),
+    ("granite", granite),
+    ("granite", phi),
+    ("apriel", apriel),
+    ("nemotron", nemotron),
+    ("gigachat", gigachat_3),
+    ("gigachat", gigachat_31),
+    ("apertus", apertus),
+    ("command_r", command_r7b),
+    ("command_r", command_r),
+    ("internlm", internlm),
+    ("functionary", functionary),
+    ("minimax", minimax),
+    ("seed_oss", seed_oss),
+    ("minicpm", minicpm),
+    ("step3", step3),
+    ("solar", solar),
+    ("lfm2", lfm2),
+    ("lfm2", minicpm3),
+    ("lfm2", olmo3),
+    ("gemma", gemma4),
+    ("gemma", functiongemma),
 ]
 every_family = pytest.mark.parametrize(("format", "write"), WRITERS, ids=[write.__name__ for _, write in WRITERS])
 
@@ -167,6 +311,11 @@ AMBIGUOUS = re.compile(
     r"</parameter>\s*(<parameter=|</function>)"
     r"|</arg_value>\s*(<arg_key>|</tool_call>)"
     r"|</｜DSML｜parameter>\s*(<｜DSML｜parameter |</｜DSML｜invoke>)"
+    # … nor one that holds the beginning of a parameter from one that was not closed.
+    r"|<parameter=|<arg_key>|<｜DSML｜parameter |<parameter name=|<param name=|</param>|<steptml:parameter "
+    r"|</invoke>|</steptml:invoke>"
+    # Quotes that can't be escaped.
+    r'|<\|\\?"\|>|<escape>'
 )
 
 
@@ -285,8 +434,12 @@ class TestPairs:
         "choice": {"enum": ["1", "2"]},
         "n": {"type": "integer"},
         "either": {"type": ["integer", "string"]},
+        "object": {"type": "object"},
+        "both": {"allOf": [{"type": "string"}, {"minLength": 1}]},
+        "named": {"anyOf": [{"$ref": "#/$defs/Name"}, {"type": "null"}]},
     }
-    TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"properties": SCHEMA}}}]  # noqa: RUF012
+    PARAMETERS = {"properties": SCHEMA, "$defs": {"Name": {"type": "string"}}}  # noqa: RUF012
+    TOOLS = [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}]  # noqa: RUF012
 
     @pytest.mark.parametrize("write", [qwen3_coder, glm])
     @pytest.mark.parametrize(
@@ -302,6 +455,16 @@ class TestPairs:
             ("n", "twelve", "twelve"),
             ("either", "12", 12),
             ("either", '"12"', '"12"'),
+            ("either", "true", "true"),
+            ("maybe", "12", "12"),
+            ("maybe", '{"a": 1}', '{"a": 1}'),
+            ("both", "123_456", "123_456"),
+            ("both", "false", "false"),
+            ("named", "12", "12"),
+            ("named", "null", None),
+            ("object", "{'a': [1, None, 'x']}", {"a": [1, None, "x"]}),
+            ("object", "{'a': set()}", "{'a': set()}"),
+            ("s", "['a']", "['a']"),
             ("unknown", "[1, 2]", [1, 2]),
             ("unknown", "true", True),
             ("unknown", '"quoted"', '"quoted"'),
@@ -404,6 +567,135 @@ class TestBroken:
         ]
 
 
+class TestDamaged:
+    """A damaged block never acts, and nothing of its tags reaches the content."""
+
+    TOOLS = [  # noqa: RUF012
+        {
+            "type": "function",
+            "function": {
+                "name": "write",
+                "parameters": {"properties": {"path": {"type": "string"}, "text": {"type": "string"}}},
+            },
+        }
+    ]
+
+    @pytest.mark.parametrize("write", [qwen3_coder, glm, deepseek_v32, minimax, seed_oss, minicpm, step3])
+    def test_a_parameter_that_was_not_closed_does_not_become_part_of_another(self, write: Any) -> None:
+        format = next(format for format, each in WRITERS if each is write)
+        written = write([("write", {"path": "a.txt", "text": "hello"})])
+        head, _, rest = written.partition("a.txt")
+        closing = re.match(r"\s*</[^>]*>", rest)
+        assert closing is not None
+        damaged = head + "a.txt" + rest[closing.end() :]
+        content, _, [call] = parse_text(damaged, format=format, tools=self.TOOLS)
+        assert (call.name, call.status, content) == ("write", ODD, None)
+        assert "'path' is not closed" in (call.error or "")
+
+    @pytest.mark.parametrize("write", [qwen3_coder, minimax, seed_oss])
+    def test_a_value_that_quotes_a_whole_parameter_is_data(self, write: Any) -> None:
+        format = next(format for format, each in WRITERS if each is write)
+        text = (
+            "see " + re.findall(r"(<parameter.*?</parameter>)", write([("f", {"path": "x"})]), re.DOTALL)[0] + " there"
+        )
+        [call] = parse_text(write([("write", {"text": text})]), format=format, tools=self.TOOLS).calls
+        assert (call.arguments, call.status) == ({"text": text}, OK)
+
+    @pytest.mark.parametrize(
+        ("format", "text"),
+        [
+            ("kimi", "<|tool_calls_section_begin|>"),
+            ("kimi", "I look.<|tool_calls_section_begin|><|tool_call_be"),
+            ("deepseek", "I look.\n<｜DSML｜tool_calls>\n<｜DSML｜inv"),
+            ("minimax", "I look.\n<minimax:tool_call>\n<invoke na"),
+            ("step3", "<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜>f"),
+        ],
+    )
+    def test_a_section_without_a_call_is_a_call_that_was_begun(self, format: str, text: str) -> None:
+        content, _, [call] = parse_text(text, format=format)
+        assert call.status is UNCLOSED
+        assert content in (None, "I look.")
+
+    @pytest.mark.parametrize(
+        ("text", "name"),
+        [
+            (" to=functions.f<|channel|>commentary json", "f"),
+            ('<|channel|>commentary to=functions.f <|constrain|>json{"x": 1}', "f"),
+            ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.f", "f"),
+        ],
+    )
+    def test_a_header_that_does_not_come_to_its_message(self, text: str, name: str) -> None:
+        content, _, [call] = parse_text(text, format="gpt_oss")
+        assert (content, call.name, call.status) == (None, name, UNCLOSED)
+        assert "<|message|>" in (call.error or "")
+
+    def test_a_header_that_was_cut_off_is_no_answer(self) -> None:
+        assert parse_text("<|channel|>fin", format="gpt_oss") == (None, None, [])
+        written = 'I look.\n{"type": "function", "name": "f", "parameters": '
+        for end in range(written.index("f", 30), len(written)):
+            content, _, [call] = parse_text(written[:end], format="llama3_json")
+            assert (content, call.status) == ("I look.", UNCLOSED)
+
+
+class TestMentions:
+    """A call begins where the format lets it: prose may speak of its tags."""
+
+    @pytest.mark.parametrize(
+        ("format", "text"),
+        [
+            ("hermes", "Some models write `<tool_call>` and then JSON; others write Python."),
+            ("hermes", "Put the JSON between `<tool_call>` and `</tool_call>`."),
+            ("hermes", 'The tag "<tool_call>" begins it.'),
+            ("hermes", "They begin with <tool_call> each."),
+            ("qwen3_coder", "Some models write `<tool_call>` and then JSON."),
+            ("glm", "Some models write `<tool_call>` and then JSON."),
+            ("glm", "Put it between `<tool_call>` and `</tool_call>`."),
+            ("seed_oss", "The tag `<seed:tool_call>` begins it."),
+            ("minimax", "The tag `<minimax:tool_call>` begins it."),
+            ("apriel", "The tag `<tool_calls>` begins it."),
+            ("lfm2", "The tag `<function_calls>` begins it."),
+        ],
+    )
+    def test_it_is_an_answer(self, format: str, text: str) -> None:
+        assert parse_text(text, format=format) == (text, None, [])
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            'I look. <tool_call>{"name": "f"',
+            "I look.\n<tool_call>\nf(x=1)",
+            "I look. <tool_call>f(x=1)</tool_call>",
+            "I look. <tool_call>",
+            '<tool_call>{"name": "f", "arguments": {}}</tool_call> <tool_call>f',
+        ],
+    )
+    def test_what_was_meant_as_a_call_is_one(self, text: str) -> None:
+        assert not parse_text(text).calls[-1].ok
+
+
+class TestReasoning:
+    @pytest.mark.parametrize("opened", [False, True])
+    def test_in_the_tags_that_it_is_told(self, opened: bool) -> None:
+        text = ("" if opened else "<mm:think>") + "Hm.</mm:think>Hello." + minimax([("f", {})])
+        parsed = parse_text(text, format="minimax", thinking_open=opened, reasoning_tags=("<mm:think>", "</mm:think>"))
+        assert (parsed.content, parsed.reasoning, read(parsed.calls)) == ("Hello.", "Hm.", [("f", {}, OK)])
+
+    @pytest.mark.parametrize(
+        ("format", "opening", "closing"),
+        [
+            ("seed_oss", "<seed:think>", "</seed:think>"),
+            ("command_r", "<|START_THINKING|>", "<|END_THINKING|>"),
+            ("apertus", "<|inner_prefix|>", "<|inner_suffix|>"),
+            ("gemma", "<|channel>thought\n", "<channel|>"),
+            ("lfm2", "<|thought_start|>", "<|thought_end|>"),
+            ("mistral", "[THINK]", "[/THINK]"),
+            ("glm", "<think>", "</think>"),
+        ],
+    )
+    def test_in_the_tags_of_the_format(self, format: str, opening: str, closing: str) -> None:
+        assert parse_text(f"{opening}Hm.{closing}Hello.", format=format) == ("Hello.", "Hm.", [])
+
+
 class TestWhatIsNoCall:
     @pytest.mark.parametrize(
         ("format", "text"),
@@ -440,6 +732,10 @@ class TestDetails:
         [call] = parse_text(text, format="pythonic").calls
         expected = {"x": True, "y": None, "z": -1.5, "s": r"\d+", "r": r"\n", "t": ["ab", 1]}
         assert (call.name, call.arguments) == ("a.b", expected)
+
+    def test_gemma_writes_none_as_python_does(self) -> None:
+        [call] = parse_text('<|tool_call>call:f{x:[None,true,<|"|>None<|"|>]}<tool_call|>', format="gemma").calls
+        assert call.arguments == {"x": [None, True, "None"]}
 
     def test_mistral_reasons_between_tags_of_its_own(self) -> None:
         text = "[THINK]Hm.[/THINK]" + mistral_v13([("f", {"x": "[/THINK]"})])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,11 +12,13 @@ import httpx
 import openai
 import pytest
 from atroposlib.envs.server_handling.server_manager import ServerManager
+from families import QWEN3_FAMILY
 from multidict import CIMultiDict, CIMultiDictProxy
 from tenacity import Future, RetryError
 from yarl import URL
 
 from hermes_atropos.backends import ModelTurn
+from hermes_atropos.backends.managed import ExactManagedServer
 from hermes_atropos.backends.pool import ATTEMPTS
 from hermes_atropos.backends.tracked import TrackedBackend
 from hermes_atropos.errors import (
@@ -26,13 +27,16 @@ from hermes_atropos.errors import (
     BackendResponseError,
     ContextLengthError,
     NoServerError,
+    SamplingError,
     TokenFidelityError,
     UnsupportedServerError,
 )
 from hermes_atropos.exports import atropos
 from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB
 from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.react import AtroposAgent
 from hermes_atropos.rendering import renderer_for
+from hermes_atropos.servers.sampling import NEUTRAL
 from hermes_atropos.testing import Reply, ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.tokens import BreakCause
 
@@ -148,26 +152,25 @@ async def test_a_server_that_ignores_n_is_asked_n_times() -> None:
     assert [request.sampling["n"] for request in server.requests] == [1, 1, 1]
 
 
-async def test_sampling_parameters_reach_the_server_and_nothing_else_does(caplog: pytest.LogCaptureFixture) -> None:
+async def test_sampling_parameters_reach_the_server_and_nothing_else_does() -> None:
     server = ScriptedServer(["a", "b"])
     backend = on(server)
-    with caplog.at_level(logging.WARNING):
-        await backend.sample(
-            [user("Hi")],
-            temperature=0.7,
-            top_p=0.9,
-            max_completion_tokens=64,
-            stop=["\n\n"],
-            seed=None,
-            tool_choice="auto",
-            stream=True,
-            n=4,
-            beam_width=3,
-            extra_body={"lora_path": "adapter"},
-        )
+    await backend.sample(
+        [user("Hi")],
+        temperature=0.7,
+        top_p=0.9,
+        max_completion_tokens=64,
+        stop=["\n\n"],
+        seed=None,
+        tool_choice="auto",
+        stream=True,
+        n=4,
+        extra_body={"lora_path": "adapter"},
+    )
     assert server.requests[0].sampling == {
         "model": "scripted",
         "n": 1,
+        **NEUTRAL,
         "temperature": 0.7,
         "top_p": 0.9,
         "max_tokens": 64,
@@ -175,11 +178,15 @@ async def test_sampling_parameters_reach_the_server_and_nothing_else_does(caplog
         "lora_path": "adapter",
         "stop_token_ids": sorted(renderer_for(TOKENIZER).stop_token_ids),
     }
-    assert "beam_width" in caplog.text
-    caplog.clear()
-    await backend.sample([user("Hello")], stop_token_ids=[7], beam_width=3)
-    assert not caplog.records, "said again, for every turn of a run"
+    await backend.sample([user("Hello")], stop_token_ids=[7])
     assert server.requests[1].sampling["stop_token_ids"] == [7]
+
+
+async def test_what_no_token_server_knows_is_refused_before_the_call() -> None:
+    server = ScriptedServer(["a"])
+    with pytest.raises(SamplingError, match="no token server knows beam_width: leave it out"):
+        await on(server).sample([user("Hi")], beam_width=3, temperature=0.5)
+    assert server.requests == []
 
 
 async def test_evaluation_takes_the_servers_evaluation_slots() -> None:
@@ -421,6 +428,31 @@ async def test_the_healthy_server_with_the_most_room_is_asked() -> None:
     assert [len(server.requests) for server in servers] == [0, 0, 1]
 
 
+async def test_conversations_that_begin_alike_stay_on_one_server() -> None:
+    servers = [ScriptedServer(lambda _: "x") for _ in range(3)]
+    backend = on(manager_of(*servers))
+    homes = []
+    for topic in range(24):
+        before = [len(server.requests) for server in servers]
+        for twin in (backend.fresh(), backend.fresh()):  # two rollouts of one group
+            messages = [user(f"Topic {topic}")]
+            for _ in range(2):
+                turn = await twin.sample(messages)
+                messages += [{"role": "assistant", "content": turn.content, TURN_KEY: turn.ref}, user("Go on")]
+        asked = [len(server.requests) - count for server, count in zip(servers, before, strict=True)]
+        assert sorted(asked) == [0, 0, 4]
+        homes.append(asked.index(4))
+    assert set(homes) == {0, 1, 2}
+
+
+async def test_a_server_with_less_than_half_the_room_is_no_ones_home() -> None:
+    servers = [ScriptedServer(lambda _: "x", max_requests=room) for room in (49, 100)]
+    backend = on(manager_of(*servers))
+    for topic in range(8):
+        await backend.fresh().sample([user(f"Topic {topic}")])
+    assert [len(server.requests) for server in servers] == [0, 8]
+
+
 async def test_waiting_for_a_healthy_server_has_an_end() -> None:
     server = ScriptedServer(["never asked for"])
     server.server_healthy = False
@@ -644,7 +676,6 @@ async def test_an_answer_that_cannot_be_read_is_kept_and_not_trained() -> None:
         ("length", False, "length", {}),
         ("length", True, "length", {}),
         ({"type": "stop", "matched": 2, "weights_version": "7"}, True, "stop", {"matched": 2, "weights_version": "7"}),
-        ("abort", False, "length", {}),
         (None, True, "stop", {}),
         (None, False, "length", {}),
     ],
@@ -687,3 +718,49 @@ def check_trained_once(backend: TrackedBackend, server: ScriptedServer) -> None:
     wanted = [ref for ref, (turn, request) in turns.items() if turn.discarded is None and request.output_ids[0]]
     assert sorted(trained) == sorted(wanted)
     assert backend.ledger.report().mismatches == 0
+
+
+class TestTemplateOptions:
+    @pytest.mark.parametrize(
+        "make", [TrackedBackend, lambda *args, **options: ExactManagedServer(*args, **options).backend]
+    )
+    async def test_they_reach_the_template(self, make: Any) -> None:
+        tokenizer = QWEN3_FAMILY.tokenizer()
+        prompts = []
+        for options in ({}, {"chat_template_kwargs": {"enable_thinking": False}}):
+            server = ScriptedServer(["Yes."], tokenizer=tokenizer)
+            await make(server, tokenizer, **options).sample([user("Go.")])
+            prompts.append(server.requests[0].prompt)
+        assert prompts[1] == prompts[0] + "<think>\n\n</think>\n\n"
+
+    @pytest.mark.parametrize(
+        "sent", [{"chat_template_kwargs": {}}, {"extra_body": {"chat_template_kwargs": {}}}], ids=str
+    )
+    async def test_a_call_cannot_have_its_own(self, sent: dict[str, Any]) -> None:
+        """The server would not look at them."""
+        with pytest.raises(SamplingError, match="where the agent or the managed server is constructed"):
+            await on(ScriptedServer(["Yes."])).sample([user("Go.")], **sent)
+
+    async def test_they_reach_the_record(self) -> None:
+        agent = AtroposAgent(ScriptedServer(["Yes."]), chat_template_kwargs={"enable_thinking": False})
+        result = await agent.run("Go.")
+        assert result.sampling["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+class TestIdsAboveTheTokenizer:
+    """A served model may have more ids than its tokenizer: its embedding is padded."""
+
+    class Padded(ScriptedServer):
+        def _sample(self, reply: Reply, max_tokens: int | None) -> Any:
+            ids, reason = super()._sample(reply, max_tokens)
+            return [*ids[:-1], len(self.tokenizer) + 60, ids[-1]], reason
+
+    async def test_the_error_names_the_argument(self) -> None:
+        with pytest.raises(TokenFidelityError, match="vocab_size="):
+            await on(self.Padded(["Yes."])).sample([user("Go.")])
+
+    async def test_with_it_they_are_tokens_as_others(self) -> None:
+        backend = on(self.Padded(["Yes."]), vocab_size=len(TOKENIZER) + 64)
+        turn = await backend.sample([user("Go.")])
+        assert turn.content == "Yes."
+        assert len(TOKENIZER) + 60 in backend.ledger.turns[0].output_ids

@@ -19,7 +19,7 @@ from hermes_atropos.errors import ConfigurationError, RecordError, TokenFidelity
 from hermes_atropos.exports import EXPORTS
 from hermes_atropos.exports.atropos import ManagedState
 from hermes_atropos.messages import TURN_KEY
-from hermes_atropos.tokens import BreakCause, FidelityReport, Ledger, Turn
+from hermes_atropos.tokens import UNKNOWN, BreakCause, FidelityReport, Ledger, Turn
 from hermes_atropos.toolcalls import ParseStatus, ToolCall
 from hermes_atropos.trajectory import (
     AgentResult,
@@ -249,6 +249,16 @@ class TestScoredData:
         assert data["group_overrides"] == {"group_size": 1}
         assert data["overrides"] == [{"temperature": 0.7}]
 
+    def test_the_trainer_is_told_which_weights_sampled_what(self) -> None:
+        result = rollout()
+        [turn, *others] = result.sequences[0].metadata["turns"]
+        for other in others:
+            other["weights"] = []
+        start, end = turn["start"], turn["end"]
+        known = {"start": start, "end": end - 1, "version": "7"}
+        turn["weights"] = [known, {"start": end - 1, "end": end, "version": UNKNOWN}]
+        assert result.to_scored_data(0.5)["overrides"] == [{"temperature": 0.7, "weights": [known]}]
+
     @pytest.mark.parametrize("reward", [math.nan, math.inf, "1"])
     def test_a_reward_is_a_finite_number(self, reward: Any) -> None:
         result = rollout()
@@ -349,9 +359,15 @@ class TestRecord:
         text=st.text(st.characters() | st.sampled_from("\ud83d\ude00\u2028\r\n")),
         extra=st.dictionaries(st.text(), JSON, max_size=3),
         logprobs=st.lists(st.floats(max_value=0.0, allow_infinity=False), min_size=1, max_size=20),
+        said=st.lists(st.text() | st.binary(min_size=1), min_size=20, max_size=20),
     )
     def test_written_read_and_written_again_is_the_same_bytes(
-        self, tmp_path_factory: Any, text: str, extra: dict[str, Any], logprobs: list[float]
+        self,
+        tmp_path_factory: Any,
+        text: str,
+        extra: dict[str, Any],
+        logprobs: list[float],
+        said: list[str | bytes],
     ) -> None:
         folder = tmp_path_factory.mktemp("record")
         stream = SequenceData(text, list(range(len(logprobs))), list(range(len(logprobs))), logprobs)
@@ -362,6 +378,7 @@ class TestRecord:
             metadata=extra,
             messages=[{"role": "user", "content": text}],
             sequences=[stream],
+            vocabulary=dict(enumerate(said)),
         )
         write_record(result, folder / "a.jsonl")
         back = read_record(folder / "a.jsonl")
@@ -369,6 +386,7 @@ class TestRecord:
         assert (folder / "a.jsonl").read_bytes() == (folder / "b.jsonl").read_bytes()
         assert (folder / "a.jsonl").read_bytes().count(b"\n") == 1
         assert back.sequences[0].logprobs == logprobs
+        assert back.vocabulary == result.vocabulary
 
     def test_what_json_cannot_hold_is_written_as_text(self, tmp_path: Any) -> None:
         import numpy
@@ -427,5 +445,9 @@ class TestRecord:
         damaged = json.loads(whole)
         damaged["rollout"]["steps"][0]["sequence_data"] = -1
         assert "damaged" in error_of(json.dumps(damaged).encode() + b"\n")
+        for vocabulary in ([], {"1": "a"}, {"1": None}, {"1": 7}, {"1": [256]}, {"one": "a"}):
+            damaged = json.loads(whole)
+            damaged["rollout"]["vocabulary"] = vocabulary
+            assert "damaged" in error_of(json.dumps(damaged).encode() + b"\n")
         with pytest.raises(RecordError, match="cannot be read"):
             read_record(tmp_path / "absent.jsonl")

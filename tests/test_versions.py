@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -98,8 +99,20 @@ def test_a_fork_and_a_checkout_say_which_release_they_are(tmp_path, monkeypatch)
 def test_installing_the_library_installs_no_hermes():
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     assert not [name for name in project["dependencies"] if name.startswith("hermes-agent")]
-    assert project["optional-dependencies"]["hermes"] == ["hermes-agent>=0.13,<0.20"]
+    assert project["optional-dependencies"]["hermes"] == ["hermes-agent>=0.13,<0.20; python_version < '3.14'"]
     assert f"atroposlib{SUPPORTED['atroposlib']}" in project["dependencies"]
+
+
+@pytest.mark.parametrize("lazy_installs", [None, "0"])
+def test_the_import_of_hermes_leaves_temporary_files_and_installs_to_the_user(tmp_path, lazy_installs):
+    """From 0.21, Hermes' own import points TMPDIR into its home."""
+    environ = {name: value for name, value in os.environ.items() if name not in versions.TOUCHED}
+    environ |= {"HERMES_HOME": str(tmp_path)} | ({"HERMES_DISABLE_LAZY_INSTALLS": "0"} if lazy_installs else {})
+    code = (
+        "import os; from hermes_atropos.hermes.versions import TOUCHED; before = [os.environ.get(n) for n in TOUCHED]; "
+        "import hermes_atropos; hermes_atropos.AtroposAIAgent; assert before == [os.environ.get(n) for n in TOUCHED]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=environ)
 
 
 def test_checking_imports_neither_package():

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families import FAMILIES, Family
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hermes_atropos import AtroposAgent
 from hermes_atropos.errors import NoTokenizerError
 from hermes_atropos.messages import TURN_KEY
-from hermes_atropos.testing import chatml_tokenizer, tool_call
+from hermes_atropos.rendering.tokenizers import Vocabulary
+from hermes_atropos.testing import ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.tokens import Ledger
 from hermes_atropos.toolcalls import parse_text, validate
 from hermes_atropos.trajectory import AgentResult, AgentStep, SequenceData, ToolResult, read_record, write_record
@@ -67,7 +71,7 @@ class Rollout:
 
     def result(self) -> AgentResult:
         result = AgentResult(True, "Two.", self.steps, messages=self.messages)
-        result.attach_tokens(self.ledger, text_of)
+        result.attach_tokens(self.ledger, text_of, Vocabulary(TOKENIZER))
         return result
 
 
@@ -130,43 +134,54 @@ def plain(shown: View) -> Any:
     return json.loads(json.dumps(shown))
 
 
+def byte_fallback() -> Any:
+    """SentencePiece's way: a space is part of the token before a word, and what has no token is bytes."""
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    bpe.train_from_iterator(
+        ["the cat and the dog"] * 9, trainers.BpeTrainer(show_progress=False, special_tokens=special)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
 class TestTokenTexts:
-    """The exact text of each token, with the record's text as the proof."""
+    """The exact text of each token."""
 
     @given(st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=60))
     @example(TOKENIZER.encode("naïve 東京 🙂\n<|im_end|>"))
     @example(TOKENIZER.encode("🙂")[:-1] * 40)  # bytes that never make a character
     @example(TOKENIZER.encode("東\ufffd京"))
     def test_joined_they_are_the_text(self, ids: list[int]) -> None:
-        texts = token_texts(TOKENIZER, ids, text_of(ids))
+        texts = token_texts(Vocabulary(TOKENIZER), ids)
         assert len(texts) == len(ids)
         assert "".join(texts) == text_of(ids)
 
     @given(st.text(st.characters(codec="utf-8")))
     def test_a_token_of_whole_characters_reads_as_it_decodes(self, text: str) -> None:
         ids = TOKENIZER.encode(text)
-        for token, shown in zip(ids, token_texts(TOKENIZER, ids, text_of(ids)), strict=True):
+        for token, shown in zip(ids, token_texts(Vocabulary(TOKENIZER), ids), strict=True):
             assert shown == text_of([token]) or "\ufffd" in text_of([token])
 
     def test_a_character_of_several_tokens_stands_in_the_first(self) -> None:
         ids = TOKENIZER.encode("🙂!")
-        assert token_texts(TOKENIZER, ids, "🙂!") == ["🙂", *[""] * (len(ids) - 2), "!"]
+        assert token_texts(Vocabulary(TOKENIZER), ids) == ["🙂", *[""] * (len(ids) - 2), "!"]
 
-    def test_tokens_of_a_decoder_that_drops_a_leading_space(self) -> None:
-        bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.Metaspace()
-        bpe.decoder = decoders.Metaspace()
-        bpe.train_from_iterator(["the cat and the dog"] * 9, trainers.BpeTrainer(show_progress=False))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
-        ids = tokenizer.encode("the cat and the dog")
-        assert token_texts(tokenizer, ids, text_of(ids, tokenizer)) == ["the", " cat", " and", " the", " dog"]
+    def test_tokens_of_sentencepiece(self) -> None:
+        tokenizer = byte_fallback()
+        ids = tokenizer.encode("the cat 🙂 and")
+        assert text_of(ids, tokenizer) == "the cat 🙂 and"
+        assert token_texts(Vocabulary(tokenizer), ids) == [" the", " cat", " ", "🙂", "", "", "", " and"]
 
-    def test_refuses_another_models_tokenizer(self) -> None:
-        ids = TOKENIZER.encode("two files")
-        with pytest.raises(NoTokenizerError, match="pass the model's own"):
-            token_texts(TOKENIZER, [token + 1 for token in ids], "two files")
-        with pytest.raises(NoTokenizerError, match="at the end"):
-            token_texts(TOKENIZER, ids, "two files more")
+    @given(st.binary(max_size=20))
+    @example("naïve 東京 🙂".encode())
+    @example(b"a\xf0\x9f\xf0\x9fb\xe6A")
+    def test_bytes_read_as_python_reads_them(self, text: bytes) -> None:
+        vocabulary = {byte: bytes([byte]) for byte in range(256)}
+        assert "".join(token_texts(vocabulary, text)) == text.decode(errors="replace")
 
 
 class TestSequences:
@@ -221,8 +236,24 @@ class TestSequences:
                 if run["message"] is not None:
                     assert shown["messages"][run["message"]]["turn"] == run["turn"]
 
-    def test_without_a_tokenizer_a_turn_has_the_text_that_the_record_has(self) -> None:
-        first = view(branched())["sequences"][0]
+    @pytest.mark.parametrize("family", FAMILIES, ids=str)
+    async def test_a_record_holds_what_its_tokens_say(self, family: Family, tmp_path: Path) -> None:
+        server = ScriptedServer(["Two 🙂 files."], tokenizer=family.tokenizer(), end_token=family.special[0])
+        result = await AtroposAgent(server).run("How many are in 東京?")
+        write_record(result, tmp_path / "rollout.jsonl")
+        (shown,) = view(read_record(tmp_path / "rollout.jsonl"))["sequences"]
+        assert "".join(shown["texts"] or ()) == result.sequences[0].full_text
+        assert "Two 🙂 files." in result.sequences[0].full_text
+
+    def test_refuses_another_models_tokenizer(self) -> None:
+        ids = TOKENIZER.encode("two files")
+        for text in ("ten files", "two files more", "two file"):
+            foreign = AgentResult(True, sequences=[SequenceData(text, ids, [-100] * len(ids), [1.0] * len(ids))])
+            with pytest.raises(NoTokenizerError, match="pass the model's own"):
+                view(foreign, TOKENIZER)
+
+    def test_without_its_vocabulary_a_turn_has_the_text_that_the_record_has(self) -> None:
+        first = view(replace(branched(), vocabulary={}))["sequences"][0]
         assert first["texts"] is None
         assert [run["text"] for run in first["runs"] if run["turn"]][-1] == "Two."
 

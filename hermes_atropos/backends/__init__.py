@@ -28,7 +28,10 @@ class ModelTurn:
         finish_reason: ``stop``, ``length`` or ``tool_calls``, as the server reported it.
         ref: the turn's reference in the ledger; None where nothing is tracked.
         prompt_tokens, completion_tokens: counts, 0 where unknown.
+        cached_tokens: how many of the prompt's the server had read or sampled before.
+        reasoning_tokens: how many of the sampled are reasoning, where the server says so.
         raw: the whole sampled text, special tokens included; equals ``content`` where nothing is tracked.
+        model: what the server calls the model that answered; None where it does not say.
     """
 
     content: str | None
@@ -38,7 +41,10 @@ class ModelTurn:
     ref: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
     raw: str = ""
+    model: str | None = None
 
 
 class Backend(Protocol):

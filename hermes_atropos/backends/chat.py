@@ -16,10 +16,13 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 from hermes_atropos.backends import ModelTurn
+from hermes_atropos.backends.chat_stream import ChatHearing, answered, chat_listener
 from hermes_atropos.backends.pool import Pool
+from hermes_atropos.backends.tracked import warn_of_another_format
 from hermes_atropos.errors import BackendResponseError
+from hermes_atropos.listening import hearing, text_listener
 from hermes_atropos.rendering.dialect import Dialect
-from hermes_atropos.toolcalls import from_openai, parse_text
+from hermes_atropos.toolcalls import ParsedText, from_openai, parse_text
 
 __all__ = ["ChatBackend"]
 
@@ -35,6 +38,7 @@ class ChatBackend:
         tool_format: how calls are written in text, for servers that hand over text; ``auto`` is ``hermes``.
         native_tools: whether the server takes ``tools`` and returns ``tool_calls``. None finds out: after the first
             refusal the tools are described in the system prompt, and calls and results travel as text.
+        chat_template_kwargs: further arguments of the chat template, sent with each call: vLLM and SGLang know them.
         patience_s: seconds for which a failing call is retried.
 
     Calls are made through the server's own chat wrapper within its semaphore, past the nested retries of atroposlib and
@@ -47,12 +51,19 @@ class ChatBackend:
     tracks_tokens = False
 
     def __init__(
-        self, server: Any, *, tool_format: str = "auto", native_tools: bool | None = None, patience_s: float = 60.0
+        self,
+        server: Any,
+        *,
+        tool_format: str = "auto",
+        native_tools: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        patience_s: float = 60.0,
     ) -> None:
         self.server = server
         self._pool = Pool(server, patience_s=patience_s, checks_health=False)
         self.tool_format = "hermes" if tool_format == "auto" else tool_format
         self.native_tools = native_tools
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def fresh(self) -> Self:
         """The same for another rollout: this very backend, as it records nothing."""
@@ -76,6 +87,20 @@ class ChatBackend:
             ContextLengthError: the prompt leaves no room for an answer.
             BackendError: the last failure, after retries of lost connections, timeouts, 429 and 5xx.
         """
+        sampling.pop("train_skewed", None)  # nothing is trained
+        tell = text_listener.get()
+        heard = None if tell is None else ChatHearing(tell, tools, functools.partial(self._read, tools=tools))
+        with hearing(chat_listener, heard):
+            turn = await self._sample(messages, tools, sampling)
+        if heard is not None:
+            heard.end(ParsedText(turn.content, turn.reasoning, turn.calls))
+        if tools and not turn.calls:
+            await warn_of_another_format(turn.raw, self.tool_format, tools)
+        return turn
+
+    async def _sample(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, sampling: dict[str, Any]
+    ) -> ModelTurn:
         if tools and self.native_tools is not False:
             try:
                 completion = await self._ask(clean_messages(messages), {**sampling, "tools": list(tools)})
@@ -95,8 +120,16 @@ class ChatBackend:
 
     async def _ask(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> Any:
         arguments = dict(arguments)
+        if self.chat_template_kwargs:
+            arguments["chat_template_kwargs"] = self.chat_template_kwargs
         split = arguments.pop("split", None) or "train"
         return await self._pool.call(lambda server: _chat(server, messages, arguments), split=split)
+
+    def _read(self, message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None) -> ParsedText:
+        """What a message says in its texts."""
+        raw, reasoning = _texts(message)
+        parsed = parse_text(raw, format=self.tool_format, tools=tools)
+        return parsed._replace(reasoning=reasoning or parsed.reasoning)
 
     def _turn(self, completion: Any, tools: Sequence[Mapping[str, Any]] | None) -> ModelTurn:
         choices = getattr(completion, "choices", None)
@@ -109,15 +142,22 @@ class ChatBackend:
         calls = from_openai(message.get("tool_calls") or []) or parsed.calls
         if not calls and not parsed.content and reasoning:
             calls = parse_text(reasoning, format=self.tool_format, tools=tools).calls
-        usage = getattr(completion, "usage", None)
+        content = parsed.content if calls or reasoning else raw or None
+        finish_reason = choices[0].finish_reason or "stop"
+        if message.get("refusal") and not (content or calls):
+            content, finish_reason = message["refusal"], "content_filter"
+        usage = completion.usage.model_dump(warnings="none") if getattr(completion, "usage", None) else {}
         return ModelTurn(
-            content=parsed.content,
+            content=content,
             reasoning=reasoning,
             calls=calls,
-            finish_reason=choices[0].finish_reason or "stop",
-            prompt_tokens=getattr(usage, "prompt_tokens", None) or 0,
-            completion_tokens=getattr(usage, "completion_tokens", None) or 0,
+            finish_reason=finish_reason,
+            prompt_tokens=usage.get("prompt_tokens") or 0,
+            completion_tokens=usage.get("completion_tokens") or 0,
+            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+            reasoning_tokens=(usage.get("completion_tokens_details") or {}).get("reasoning_tokens") or 0,
             raw=raw,
+            model=getattr(completion, "model", None),
         )
 
 
@@ -129,7 +169,7 @@ async def _chat(server: Any, messages: list[dict[str, Any]], arguments: Mapping[
         request["extra_body"] = {**(request.get("extra_body") or {}), **extra}
     request |= {"model": server.config.model_name, "messages": messages}
     request = server._inject_reasoning_kwargs(request)
-    return await _on_this_loop(server)._chat_completion_wrapper(**request)
+    return await answered(_on_this_loop(server), request)
 
 
 _twins: WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, Any]] = WeakKeyDictionary()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from openai.types import Completion, CompletionChoice, CompletionUsage
-from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionMessageToolCall
+from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionMessageFunctionToolCall
 from openai.types.chat.chat_completion import Choice
+from openai.types.chat.chat_completion_message_function_tool_call import Function
+from pydantic import BaseModel
 
 from hermes_atropos.backends.tracked import INLINE_CHARS, TrackedBackend, off_loop
 from hermes_atropos.exports import atropos
@@ -42,7 +44,7 @@ class ExactManagedServer:
         tool_parser: how the model writes tool calls, by the name of vLLM's parser or one of ``toolcalls.FORMATS``; by
             default it is found out. Tools are rendered and calls are parsed with and without it.
         preserve_think_blocks: accepted, as atroposlib's has it; thinking that was sampled stays in the tokens anyway.
-        context_length, patience_s: as in ``TrackedBackend``.
+        chat_template_kwargs, vocab_size, context_length, patience_s: as in ``TrackedBackend``.
 
     Raises:
         NoTokenizerError: no tokenizer given, known or loadable.
@@ -57,6 +59,8 @@ class ExactManagedServer:
         tool_parser: str | None = None,
         preserve_think_blocks: bool = False,
         *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
         context_length: int | None = None,
         patience_s: float = 60.0,
     ) -> None:
@@ -70,6 +74,8 @@ class ExactManagedServer:
             self.tokenizer,
             renderer=PlainRenderer(self.tokenizer, tool_format) if plain else None,
             tool_format=tool_format,
+            chat_template_kwargs=chat_template_kwargs,
+            vocab_size=vocab_size,
             context_length=context_length,
             patience_s=patience_s,
         )
@@ -204,7 +210,7 @@ class ExactManagedServer:
         message = ChatCompletionMessage(
             role="assistant",
             content=text.partition(calls[0].raw)[0].strip() or None if calls else text,
-            tool_calls=[ChatCompletionMessageToolCall.model_validate(call.to_openai()) for call in calls] or None,
+            tool_calls=[ReadableCall.model_validate(call.to_openai()) for call in calls] or None,
         )
         self.ledger.answered(turn, message.model_dump(exclude_none=True), {"role": "assistant", "content": text})
         setattr(message, TURN_KEY, turn.ref)
@@ -245,6 +251,34 @@ class ExactManagedServer:
         prompt = self.ledger.prompt(Match(best, [], [], None if best else BreakCause.FIRST, False, None, None), ids)
         self._appended[prompt] = new
         return prompt
+
+
+class Readable(BaseModel):
+    """An object of openai's that can also be read as the dict that atroposlib gives in its place."""
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def keys(self) -> Set[str]:
+        return self.model_fields_set
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return getattr(self, key) if key in self.keys() else default
+
+
+class ReadableFunction(Function, Readable):
+    """A called function: ``call["function"]["name"]`` as well as ``call.function.name``."""
+
+
+class ReadableCall(ChatCompletionMessageFunctionToolCall, Readable):
+    """A tool call: ``call["id"]`` as well as ``call.id``."""
+
+    function: ReadableFunction
 
 
 def as_mapping(message: Any) -> Message:

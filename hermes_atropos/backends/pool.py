@@ -64,21 +64,24 @@ class Pool:
         self._checks_health = checks_health
         self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Any, asyncio.Semaphore]] = WeakKeyDictionary()
 
-    async def call(self, request: Callable[[Any], Awaitable[T]], *, split: str = "train") -> T:
-        """What ``request`` comes back with from the healthy server with the most room; from another if that one fails.
+    async def call(
+        self, request: Callable[[Any], Awaitable[T]], *, split: str = "train", family: int | None = None
+    ) -> T:
+        """What ``request`` comes back with from the best server (see :meth:`_choose`); from another if that one fails.
 
-        Retried are lost connections, timeouts, 429 and 5xx, within ``patience_s``.
+        Retried are lost connections, timeouts, 429 and 5xx, within ``patience_s``; a 500 once more of each server.
 
         Args:
             request: makes the call on the server that it is given, within that server's slot.
             split: ``eval`` takes the servers' evaluation slots.
+            family: a number that calls with the same beginning have in common.
 
         Raises:
             BackendError: the last failure, typed, with URL, status, body and the number of requests made; the server's
                 own exception is its ``__cause__``.
         """
         retrying = AsyncRetrying(
-            retry=retry_if_exception(_worth_another_try),
+            retry=retry_if_exception(self._worth_another_try),
             wait=self._pause,
             stop=stop_after_attempt(ATTEMPTS) | stop_before_delay(self.patience_s),
             reraise=True,
@@ -88,7 +91,7 @@ class Pool:
 
         async def attempt() -> T:
             nonlocal server, failure
-            server = await self._choose(split, server, failure)
+            server = await self._choose(split, family, server, failure)
             try:
                 return await self._in_slot(server, split, request)
             except BackendError as error:
@@ -100,8 +103,11 @@ class Pool:
         finally:
             retrying.iter_state.reset()  # which refers back to it: garbage that only the collector would find
 
-    async def _choose(self, split: str, avoided: Any, failure: BackendError | None) -> Any:
-        """The healthy server with the most room, another than the one avoided if there is one."""
+    async def _choose(self, split: str, family: int | None, avoided: Any, failure: BackendError | None) -> Any:
+        """The healthy server with the most room, another than the one avoided if there is one.
+
+        Calls of one family go to one server, whose cache holds their beginning, while it has half as much room.
+        """
         if self._checks_health:
             for server in self.servers:
                 _watch(server)
@@ -114,7 +120,12 @@ class Pool:
                     attempts=failure.attempts if failure else 0,
                 ) from failure
             await asyncio.sleep(HEALTH_LOOK_S)
-        return max(self.servers, key=lambda one: (_is_healthy(one), one is not avoided, _room(one, split)))
+        best = max(self.servers, key=lambda one: (_is_healthy(one), one is not avoided, _room(one, split)))
+        if family is not None:
+            home = self.servers[family % len(self.servers)]
+            if _is_healthy(home) and home is not avoided and 2 * _room(home, split) >= _room(best, split):
+                return home
+        return best
 
     def _pause(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -125,6 +136,14 @@ class Pool:
         # Each healthy server is asked at once; only then is there anything to wait for.
         waits = state.attempt_number - max(sum(map(_is_healthy, self.servers)), 1)
         return 0.0 if waits < 0 else min(0.1 * 3**waits, 10.0)
+
+    def _worth_another_try(self, error: BaseException) -> bool:
+        """Whether the same request may succeed later or elsewhere."""
+        if isinstance(error, BackendError) and error.status is not None:
+            # SGLang answers 500 to a request that it will never take: two of them are a refusal, if each was asked.
+            once_more = error.status != 500 or error.attempts < max(2, len(self.servers))
+            return error.status == 429 or (error.status >= 500 and once_more)
+        return isinstance(error, BackendConnectionError | BackendTimeoutError)
 
     async def _in_slot(self, server: Any, split: str, request: Callable[[Any], Awaitable[T]]) -> T:
         under_way = _in_flight.setdefault(server, Counter())
@@ -168,13 +187,6 @@ def _room(server: Any, split: str) -> int:
 
 def _is_healthy(server: Any) -> bool:
     return bool(getattr(server, "server_healthy", True))
-
-
-def _worth_another_try(error: BaseException) -> bool:
-    """Whether the same request may succeed later or elsewhere."""
-    if isinstance(error, BackendError) and error.status is not None:
-        return error.status == 429 or error.status >= 500
-    return isinstance(error, BackendConnectionError | BackendTimeoutError)
 
 
 def _watch(server: Any) -> None:

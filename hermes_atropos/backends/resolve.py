@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import logging
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -29,6 +30,7 @@ def resolve(
     model: str | None = None,
     api_key: str | None = None,
     tool_format: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     settings: Settings | None = None,
     **tracking: Any,
 ) -> Backend:
@@ -42,10 +44,11 @@ def resolve(
             blocks for ten seconds at most; on an event loop, call ``asyncio.to_thread(resolve, base_url=…)``.
         model, api_key: for the server at ``base_url``; None asks it which model it serves.
         tool_format: how the model writes tool calls; ``auto`` finds out from the tokenizer.
+        chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
         settings: the environment's by default; ``bypass_managed_server`` makes the backend an untracked one that
             calls the server's OpenAI-compatible endpoint with httpx.
-        tracking: further arguments of ``TrackedBackend`` (``ledger``, ``renderer``, ``context_length``); ignored where
-            nothing is tracked.
+        tracking: further arguments of ``TrackedBackend`` (``ledger``, ``renderer``, ``context_length``,
+            ``vocab_size``); ignored where nothing is tracked.
 
     Raises:
         NoServerError: neither ``server`` nor ``base_url``, or nobody answers there.
@@ -79,15 +82,17 @@ def resolve(
                 "server, or base_url= for a server's address"
             )
     if settings.bypass_managed_server:
-        return _untracked(_direct(servers[0], settings), tool_format)
+        return _untracked(_direct(servers[0], settings), tool_format, chat_template_kwargs)
     if invents_tokens or not all(has_token_call(one) for one in servers):
-        return _untracked(server, tool_format)
+        return _untracked(server, tool_format, chat_template_kwargs)
 
     from hermes_atropos.backends.tracked import TrackedBackend
     from hermes_atropos.rendering.tokenizers import own_tokenizer
 
     tokenizer = own_tokenizer(servers[0]) if tokenizer is None else tokenizer
-    return TrackedBackend(server, tokenizer, tool_format=tool_format, **tracking)
+    return TrackedBackend(
+        server, tokenizer, tool_format=tool_format, chat_template_kwargs=chat_template_kwargs, **tracking
+    )
 
 
 def has_token_call(server: Any) -> bool:
@@ -107,14 +112,19 @@ def has_token_call(server: Any) -> bool:
     return call not in refusals if call else hasattr(server, "tokens_and_logprobs_completion")
 
 
-def _untracked(server: Any, tool_format: str) -> Backend:
+def _untracked(server: Any, tool_format: str, chat_template_kwargs: Mapping[str, Any] | None) -> Backend:
     from atroposlib.envs.server_handling.trl_vllm_server import TrlVllmServer
 
     from hermes_atropos.backends.chat import ChatBackend
 
     # TRL's server renders the chat template itself, without tools.
     forgets_tools = any(isinstance(one, TrlVllmServer) for one in getattr(server, "servers", [server]))
-    return ChatBackend(server, tool_format=tool_format, native_tools=False if forgets_tools else None)
+    return ChatBackend(
+        server,
+        tool_format=tool_format,
+        native_tools=False if forgets_tools else None,
+        chat_template_kwargs=chat_template_kwargs,
+    )
 
 
 def _direct(server: Any, settings: Settings) -> Any:

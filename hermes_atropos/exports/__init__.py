@@ -5,6 +5,9 @@ To add one, write ``exports/<name>.py`` with a ``register``ed function, and impo
 """
 
 from hermes_atropos.exports import atropos as atropos
+from hermes_atropos.exports import jsonl as jsonl
+from hermes_atropos.exports import trl as trl
+from hermes_atropos.exports import verl as verl
 from hermes_atropos.exports.listing import EXPORTS, register
 
 __all__ = ["EXPORTS", "register"]

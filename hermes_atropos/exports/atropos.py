@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from hermes_atropos.errors import ConfigurationError, TokenFidelityError, UntrackedError
 from hermes_atropos.exports.listing import register
+from hermes_atropos.tokens import UNKNOWN, Span
 from hermes_atropos.tokens import Sequence as TokenSequence
-from hermes_atropos.tokens import Span
 from hermes_atropos.values import is_number, plain
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ __all__ = [
     "PROMPT_LOGPROB",
     "ManagedState",
     "from_masks",
+    "group_of",
     "logprobs",
     "masks",
     "scored_group",
     "scored_items",
+    "scored_rollouts",
     "sequence_node",
 ]
 
@@ -152,7 +154,8 @@ def scored_items(result: AgentResult, score: float, *, include_discarded: bool =
 
     Returns:
         dicts with ``tokens``, ``masks``, ``inference_logprobs`` (each ``[seq_len]``), ``scores``, ``messages``,
-        ``overrides`` (the temperature, which the trainer divides its logits by), and ``advantages``
+        ``overrides`` (the ``temperature``, which the trainer divides its logits by, and where the server told them the
+        ``weights`` that sampled it: ``start``, ``end``, ``version`` of each stretch), and ``advantages``
         (``[seq_len]``, or None if no step has a reward): for a sampled token its step's reward, or the score if
         that step has none; 0.0 elsewhere. No baseline is subtracted: that takes the whole group.
 
@@ -170,7 +173,13 @@ def scored_items(result: AgentResult, score: float, *, include_discarded: bool =
     if not math.isfinite(score):
         raise ConfigurationError(f"a score must be a finite number, not {score!r}")
     score = float(score)
-    temperature = result.sampling.get("temperature")
+    sequences = (include_discarded and result.all_sequences) or result.sequences
+    trained = [sequence for sequence in sequences if sequence.trainable_tokens or not _skew(sequence)]
+    if sequences and not trained:
+        raise UntrackedError(
+            f"nothing here may be trained on ({_skew(sequences[0])}): sample from the model's own distribution, "
+            "temperature=1 and no top_k, top_p and the like, or give train_skewed=True with the sampling parameters"
+        )
     messages = [{**message, "content": message.get("content") or ""} for message in result.to_messages()]
     return [
         {
@@ -182,11 +191,23 @@ def scored_items(result: AgentResult, score: float, *, include_discarded: bool =
             "inference_logprobs": list(sequence.logprobs),
             "messages": messages,
             "group_overrides": None,
-            "overrides": {} if temperature is None else {"temperature": temperature},
+            "overrides": _overrides(result, sequence),
             "images": None,
         }
-        for sequence in ((include_discarded and result.all_sequences) or result.sequences)
+        for sequence in trained
     ]
+
+
+def _overrides(result: AgentResult, sequence: SequenceData) -> dict[str, Any]:
+    turns = sequence.metadata.get("turns", ())
+    told = [part for turn in turns for part in turn.get("weights", ()) if part["version"] != UNKNOWN]
+    found = {"temperature": result.sampling.get("temperature"), "weights": told or None}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _skew(sequence: SequenceData) -> str | None:
+    """Why the logprobs of one of its turns are not of what was sampled from."""
+    return next((turn["skew"] for turn in sequence.metadata.get("turns", ()) if turn.get("skew")), None)
 
 
 @register("atropos")
@@ -213,17 +234,29 @@ def scored_group(
         UntrackedError: a rollout has no token ids or must not be trained on, or none of them sampled anything.
         ConfigurationError: a score or a reward is not finite, or there is not one score for each rollout.
     """
+    rollouts = scored_rollouts(results, scores, include_discarded=include_discarded)
+    return group_of([item for items in rollouts for item in items], results[0].sampling)
+
+
+def scored_rollouts(
+    results: Sequence[AgentResult], scores: Sequence[float], *, include_discarded: bool = False
+) -> list[list[dict[str, Any]]]:
+    """The scored items (:func:`scored_items`) of each rollout; what is raised is as of :func:`scored_group`."""
     if len(results) != len(scores):
         raise ConfigurationError(f"{len(results)} rollouts need as many scores, not {len(scores)}")
-    items = []
+    rollouts = []
     for result, score in zip(results, scores, strict=True):
-        of_rollout = scored_items(result, score, include_discarded=include_discarded)
-        if not of_rollout:
+        rollouts.append(scored_items(result, score, include_discarded=include_discarded))
+        if not rollouts[-1]:
             logger.warning("a rollout that sampled nothing is left out of its group: %s", result.error)
-        items += of_rollout
-    if not items:
+    if not any(rollouts):
         errors = "; ".join(sorted({result.error or result.stop_reason for result in results})) or "no rollouts"
         raise UntrackedError(f"nothing was sampled, so there is nothing to train on ({errors})")
+    return rollouts
+
+
+def group_of(items: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Scored items (:func:`scored_items`) as one atroposlib ``ScoredDataGroup``; see :func:`scored_group`."""
     group: dict[str, Any] = {
         key: [item[key] for item in items]
         for key in ("tokens", "masks", "scores", "inference_logprobs", "messages", "overrides")
@@ -234,7 +267,7 @@ def scored_group(
         if rewarded
         else None,
         "ref_logprobs": None,
-        "generation_params": plain(results[0].sampling),
+        "generation_params": plain(sampling),
         "group_overrides": {"group_size": len(items)},
         "images": None,
     }

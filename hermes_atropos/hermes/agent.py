@@ -13,27 +13,32 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from hermes_atropos.hermes.versions import check_versions
+from hermes_atropos.hermes.versions import check_versions, import_hermes
 
-check_versions()
+check_versions()  # hermes-agent is imported only once its version is known to fit
+import_hermes()
 
-# hermes-agent is imported only once its version is known to fit.
 from tools.environments.base import set_activity_callback
 
 from hermes_atropos import harness
-from hermes_atropos.backends.resolve import resolve
 from hermes_atropos.errors import ConfigurationError
 from hermes_atropos.hermes import seams
+from hermes_atropos.hermes.acting import acting_for
+from hermes_atropos.hermes.books import Books, books_of
+from hermes_atropos.hermes.context import ContextLength
 from hermes_atropos.hermes.hooks import HERMES_PARAMETERS, HERMES_ROUTES, Hooks
+from hermes_atropos.hermes.requests import add_configured, connect, route_to, serving, warn_of_unused, without
 from hermes_atropos.hermes.result import conversation_of, finished, history_of, stop_reason, without_system
 from hermes_atropos.hermes.rollout import Rollout, interrupting_first
 from hermes_atropos.hermes.terminal import HermesSandbox
 from hermes_atropos.hermes.tools import check_toolsets
+from hermes_atropos.hermes.walled import open_sandbox
 from hermes_atropos.runtime import check_not_on, home_loop, portal_loop, run_in_rollout_thread, run_to_end, turnstile
+from hermes_atropos.sandbox.wall import WallArguments
 from hermes_atropos.trajectory import AgentResult, StopReason
 from hermes_atropos.values import is_number
 
@@ -54,8 +59,12 @@ SAMPLING_PARAMETERS = frozenset(
         "stop",
         "top_k",
         "top_p",
+        "train_skewed",
     }
 )
+
+#: What programs set on an agent of how it prints, beside its parameters.
+HERMES_OUTPUT = frozenset({"_print_fn", "suppress_status_output"})
 
 
 class AtroposAIAgent(Hooks):
@@ -69,19 +78,25 @@ class AtroposAIAgent(Hooks):
             default.
         server: an atroposlib ``ServerManager``, ``APIServer`` or managed server.
         tokenizer: a Hugging Face tokenizer, or the name or path of one; by default the server's own.
-        temperature, max_tokens: of each model call; None leaves them to the server.
+        temperature, max_tokens: of each model call; by default 1 and what the context leaves.
         tool_format: how the model writes tool calls; ``auto`` finds out from the chat template.
+        chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
+        vocab_size: how many ids the served model has, where that is more than the tokenizer knows.
         max_tool_call_retries: how often in a row a faulty tool call is sent back to the model.
+        context_length: tokens that the model can read; None takes what Hermes' configuration says, else the server.
         options: beside Hermes' arguments also sampling parameters (``top_p``, ``top_k``, ``seed``, …). Without
             ``server``, ``base_url`` and ``model`` say where to find one.
 
     Raises:
         NoServerError, UnsupportedServerError, NoTokenizerError, ChatTemplateError: the model cannot be reached so.
         UnknownToolsetError: a toolset that Hermes does not have.
-        ConfigurationError: ``max_tool_call_retries`` is not a count.
+        ConfigurationError: ``max_tool_call_retries`` or ``context_length`` is not a count.
         UnsupportedVersionError: this release of Hermes lacks something that the library leans on.
         TypeError: an argument that neither Hermes nor this class knows.
     """
+
+    last_result: dict[str, Any] | None = None
+    _where: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -91,7 +106,10 @@ class AtroposAIAgent(Hooks):
         temperature: float | None = None,
         max_tokens: int | None = None,
         tool_format: str = "auto",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        vocab_size: int | None = None,
         max_tool_call_retries: int = 3,
+        context_length: int | None = None,
         **options: Any,
     ) -> None:
         seams.check()
@@ -103,32 +121,48 @@ class AtroposAIAgent(Hooks):
             check_toolsets(options.get(which) or [])
         if not (is_number(max_tool_call_retries, whole=True) and max_tool_call_retries >= 0):
             raise ConfigurationError(f"max_tool_call_retries={max_tool_call_retries!r}: give 0 or more")
-        self._backend = resolve(
-            server,
-            tokenizer=tokenizer,
-            base_url=routes["base_url"],
-            api_key=routes["api_key"],
-            model=options.get("model") or None,
-            tool_format=tool_format,
-        )
-        options["model"] = options.get("model") or model_name(self._backend.server)
-        self._setup(options, {name: value for name, value in given.items() if value is not None}, max_tool_call_retries)
+        if context_length is not None and not (is_number(context_length, whole=True) and context_length > 0):
+            raise ConfigurationError(f"context_length={context_length!r}: give a number of tokens")
+        sampling = {name: value for name, value in given.items() if value is not None}
+        options["request_overrides"] = without(options.get("request_overrides"), sampling)
+        self._where = {
+            "server": server,
+            "base_url": routes["base_url"],
+            "api_key": routes["api_key"],
+            "provider": routes["provider"],
+            "model": options.get("model") or None,
+            "tokenizer": tokenizer,
+            "tool_format": tool_format,
+            "vocab_size": vocab_size,
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
+        }
+        self._backend = connect(options, {**self._where, "context_length": context_length})
+        self._route = route_to(self._where, self._backend)
+        warn_of_unused({**routes, **options}, tracked=self._backend.tracks_tokens)
+        options["model"] = options.get("model") or model_name(self._served.server)
+        self._setup(options, sampling, max_tool_call_retries, context_length)
+        if self._backend.tracks_tokens:
+            add_configured(self, self._where)
 
-    def _setup(self, options: dict[str, Any], sampling: dict[str, Any], max_tool_call_retries: int) -> None:
+    def _setup(
+        self,
+        options: dict[str, Any],
+        sampling: Mapping[str, Any],
+        max_tool_call_retries: int,
+        context_length: int | None,
+    ) -> None:
         self._options = options
         self._busy = threading.Lock()
         self._running: set[AtroposAIAgent] = set()
-        self.last_result: dict[str, Any] | None = None
-        rollout = Rollout.on(self._backend, None, max_tool_call_retries=max_tool_call_retries)
-        self._construct(rollout, options, sampling, max_tool_call_retries)
+        self._construct(options, sampling, max_tool_call_retries, context_length)
 
     def _copy(self) -> AtroposAIAgent:
         """An agent of the same configuration, for a conversation of its own."""
-        twin = object.__new__(AtroposAIAgent)
-        twin._backend = self._backend
+        twin = object.__new__(type(self))
+        twin._backend, twin._route = self._backend, self._route
         options = {**self._options, "session_id": None} if "session_id" in self._options else dict(self._options)
-        twin._setup(options, self._sampling, self._max_tool_call_retries)
-        for name in HERMES_PARAMETERS.keys() - HERMES_ROUTES - {"session_id", "iteration_budget"}:
+        twin._setup(options, self._sampling, self._max_tool_call_retries, self._context.given)
+        for name in (HERMES_PARAMETERS.keys() | HERMES_OUTPUT) - HERMES_ROUTES - {"session_id", "iteration_budget"}:
             if name in vars(self):  # it may have been set since
                 setattr(twin, name, getattr(self, name))
         return twin
@@ -161,7 +195,7 @@ class AtroposAIAgent(Hooks):
         Raises:
             BlockingCallError: this thread runs the event loop that serves the model.
         """
-        check_not_on(home_loop(self._backend.server, portal_loop()), instead="await agent.run_conversation_async(...)")
+        check_not_on(home_loop(self._served.server, portal_loop()), instead="await agent.run_conversation_async(...)")
         request = (user_message, system_message, history_of(conversation_history), task_id, *args)
         with self._claimed() as agent:
             sandbox = HermesSandbox(task_id, Path.cwd(), private=False) if task_id else None
@@ -201,7 +235,14 @@ class AtroposAIAgent(Hooks):
         return str(result["final_response"] or "")
 
     def task(
-        self, task_id: str | None = None, *, workspace: str | os.PathLike[str] | None = None, copy: bool = False
+        self,
+        task_id: str | None = None,
+        *,
+        workspace: str | os.PathLike[str] | None = None,
+        copy: bool = False,
+        keep_processes: bool = False,
+        sandbox: str = "folder",
+        **wall: Unpack[WallArguments],
     ) -> harness.OpenedTask[Task]:
         """A rollout in a sandbox of its own, which the verifier sees before it is released.
 
@@ -217,18 +258,30 @@ class AtroposAIAgent(Hooks):
             task_id: names the rollout; a new name by default.
             workspace: the folder in which the tools act, used as it is; None makes a fresh one, removed at the end.
             copy: act in a copy of ``workspace``, removed at the end.
+            keep_processes: what the model left running goes on while the verifier looks, a server that it is to test
+                say; by default it is ended before.
+            sandbox: ``walled`` keeps this machine from what the model runs; ``folder`` only tidies up after it.
+            wall: what a wall lets through: ``mounts``, ``env``, ``network``, ``outside``
+                (:class:`hermes_atropos.sandbox.wall.WallOptions`).
 
         Raises:
             WorkspaceError: ``workspace`` is not a folder, or another open task acts in it.
+            SandboxUnavailableError: this machine can't have the wall.
+            ConfigurationError: the wall can't be as it is asked for, or the agent has tools that act outside it.
             SandboxError: a task of this name is open.
         """
-        return harness.OpenedTask(self._task(lambda: HermesSandbox(task_id, workspace, copy=copy)))
+        tools = [tool["function"]["name"] for tool in self.tools or []]
+
+        def opened() -> HermesSandbox:
+            return open_sandbox(task_id, workspace, copy=copy, tools=tools, sandbox=sandbox, **wall)
+
+        return harness.OpenedTask(self._task(opened, keep_processes))
 
     @contextlib.asynccontextmanager
-    async def _task(self, open_sandbox: Callable[[], HermesSandbox]) -> AsyncIterator[Task]:
+    async def _task(self, open_sandbox: Callable[[], HermesSandbox], keep_processes: bool) -> AsyncIterator[Task]:
         # A copy in any case: what Hermes keeps on its agent, a list of todos say, belongs to one rollout.
         async with self._opened(open_sandbox, copied=True) as (agent, rollout):
-            yield Task(agent, rollout)
+            yield Task(agent, rollout, keep_processes=keep_processes)
 
     @contextlib.asynccontextmanager
     async def _opened(
@@ -265,10 +318,10 @@ class AtroposAIAgent(Hooks):
                 self._busy.release()
 
     def _new_rollout(self, sandbox: HermesSandbox | None) -> Rollout:
-        return Rollout.on(self._backend, sandbox, max_tool_call_retries=self._max_tool_call_retries)
+        return Rollout.on(self._served, sandbox, max_tool_call_retries=self._max_tool_call_retries)
 
     async def _run_async(self, rollout: Rollout, request: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-        home_loop(self._backend.server, asyncio.get_running_loop())
+        home_loop(self._served.server, asyncio.get_running_loop())
 
         def stop() -> None:
             rollout.cancelled = True
@@ -282,11 +335,13 @@ class AtroposAIAgent(Hooks):
 
     def _run(self, rollout: Rollout, request: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         """Hermes' loop, on the calling thread. Whatever ends it, ``last_result`` holds what there is."""
-        self._rollout = rollout
+        self._rollout, self._books = rollout, Books(self)
         self._saved = False
         rollout.failure = rollout.signal = rollout.last_turn = None
+        rollout.retried = 0
         with contextlib.ExitStack() as entered:
-            entered.enter_context(seams.acting_for(self))
+            entered.enter_context(acting_for(self))
+            self._context.correct(self)
             if rollout.sandbox is not None:
                 entered.enter_context(rollout.sandbox.entered())
                 request = (*request[:3], rollout.sandbox.hermes_id, *request[4:])
@@ -301,7 +356,9 @@ class AtroposAIAgent(Hooks):
                 super().interrupt()
                 raise
             finally:
+                self._settle()
                 self.last_result = self._finish(result, rollout, request)
+                self._rollout = None
                 self.clear_interrupt()  # one that came too late is not meant for the next conversation
                 set_activity_callback(None)  # Hermes leaves the agent, and all it knows, with the thread
         return self.last_result
@@ -319,26 +376,69 @@ class AtroposAIAgent(Hooks):
             reason=reason,
             messages=messages,
             tools=list(self.tools or []),
-            sampling=self._sampling,
+            counts=books_of(self),
             task_id=self._current_task_id if rollout.sandbox is None else rollout.sandbox.task_id,
         )
 
     def interrupt(self, message: str | None = None, *args: Any, **options: Any) -> Any:
         """Stop this agent's conversations: the model requests, the tools and the subagents under way."""
-        for other in self._running - {self}:
+        for other in self._others():
             Hooks.interrupt(other, message, *args, **options)
         return super().interrupt(message, *args, **options)
 
+    def switch_model(
+        self, new_model: str, new_provider: str = "", api_key: str = "", base_url: str = "", *args: Any, **options: Any
+    ) -> None:
+        """Go on with another model, as Hermes' ``/model`` has it, from the next conversation on.
+
+        An agent that was given a ``base_url`` looks for the model there or at the new address, as at its construction.
+        One that was given a ``server`` takes a model that this has.
+
+        Raises:
+            ConfigurationError: the server has no such model, or cannot be asked for what the agent asks for. The agent
+                stays as it was.
+        """
+        if self._where is None:  # made by __new__: it has no server to begin with
+            super().switch_model(new_model, new_provider, api_key, base_url, *args, **options)
+            return
+        where = {**self._where, "model": new_model}
+        if where["server"] is None:
+            where |= {"base_url": base_url or where["base_url"], "api_key": api_key or where["api_key"]}
+            where["provider"] = new_provider or where["provider"]
+        else:
+            where["server"] = serving(where["server"], new_model)
+        before = self._backend, self._route, self._context
+        self._backend = connect(self._options, where)
+        self._route = route_to(where, self._backend)
+        self._context = ContextLength(self._backend, None)
+        try:
+            with acting_for(self):
+                route = (self._route[name] for name in ("provider", "api_key", "base_url", "api_mode"))
+                super().switch_model(new_model, *route)
+                self._context.correct(self)
+            if self._backend.tracks_tokens:
+                self.request_overrides = self._options["request_overrides"]
+                add_configured(self, where)
+        except BaseException:
+            self._backend, self._route, self._context = before
+            raise
+        self._where, self._options = where, {**self._options, "model": new_model}
+
+    def _others(self) -> set[AtroposAIAgent]:
+        """The copies that run conversations of this agent."""
+        return getattr(self, "_running", set()) - {self}
+
     def steer(self, text: str, *args: Any, **options: Any) -> bool:
         """Add ``text`` to the next tool result of each conversation under way."""
-        others = [agent.steer(text, *args, **options) for agent in self._running - {self}]
+        others = [agent.steer(text, *args, **options) for agent in self._others()]
         return super().steer(text, *args, **options) or any(others)
 
 
 class Task(harness.Task):
     """A rollout of an ``AtroposAIAgent`` in its sandbox, for the length of ``async with agent.task(…)``."""
 
-    def __init__(self, agent: AtroposAIAgent, rollout: Rollout) -> None:
+    def __init__(self, agent: AtroposAIAgent, rollout: Rollout, *, keep_processes: bool) -> None:
+        super().__init__(keep_processes=keep_processes)
         self._agent = agent
         self._rollout = rollout
         self._turns = asyncio.Lock()

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeVar
 
 from openai.types.chat import ChatCompletion
@@ -19,11 +19,21 @@ from tools.environments.base import set_activity_callback
 
 from hermes_atropos.backends import Backend, ModelTurn
 from hermes_atropos.conversation import assistant_message as stored_message
+from hermes_atropos.conversation import stop_reason_of
+from hermes_atropos.errors import HermesAtroposError, NoServerError
 from hermes_atropos.hermes import profile, seams
+from hermes_atropos.hermes.acting import acting_beside, acting_for
+from hermes_atropos.hermes.books import Books
+from hermes_atropos.hermes.context import ContextLength
+from hermes_atropos.hermes.releases import release
+from hermes_atropos.hermes.requests import IN_PROCESS, UNUSED, asked
 from hermes_atropos.hermes.result import spoken_and_results, to_completion, with_results
 from hermes_atropos.hermes.rollout import Rollout
+from hermes_atropos.hermes.terminal import HermesSandbox
+from hermes_atropos.listening import Delta, hearing, text_listener
 from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.runtime import turnstile
+from hermes_atropos.trajectory import AgentResult, StopReason
 
 __all__ = ["HERMES_PARAMETERS", "HERMES_ROUTES", "Hooks", "Subagent"]
 
@@ -32,12 +42,7 @@ T = TypeVar("T")
 HERMES_PARAMETERS = inspect.signature(AIAgent.__init__).parameters
 
 #: Hermes' own ways to reach a model. With a server given none of them is used, so that no call leaves by another way.
-HERMES_ROUTES = frozenset(
-    {"base_url", "api_key", "provider", "api_mode", "acp_command", "acp_args", "fallback_model", "credential_pool"}
-)
-
-#: A URL that HTTP clients refuse before any look-up, and that Hermes takes for a remote one, which it doesn't probe.
-IN_PROCESS = {"base_url": "inproc://hermes-atropos.invalid/v1", "api_key": "in-process", "provider": "custom"}
+HERMES_ROUTES = {"base_url", "api_key", "provider", "requested_provider", *UNUSED} & HERMES_PARAMETERS.keys()
 
 #: Tools that wait for nothing but a process of the sandbox.
 SANDBOX_TOOLS = frozenset({"patch", "read_file", "search_files", "terminal", "write_file"})
@@ -46,32 +51,54 @@ SANDBOX_TOOLS = frozenset({"patch", "read_file", "search_files", "terminal", "wr
 class Hooks(AIAgent):
     """Hermes' agent with another way to a model.
 
+    What is set here is also what an agent has that Hermes' own code makes by ``__new__``.
+
     Attributes:
-        _rollout: what the agent is at; its conversation asks the model.
+        last_auxiliary: what a model call left that belongs to no rollout: the summary that ``/compress`` asks for, a
+            review of the conversation in the background.
+        _rollout: what the agent is at; its conversation asks the model. None while it runs nothing.
     """
 
-    _backend: Backend
-    _rollout: Rollout
-    _sampling: dict[str, Any]
+    last_auxiliary: AgentResult | None = None
+    _backend: Backend | None = None
+    _route: Mapping[str, Any] = MappingProxyType(IN_PROCESS)
+    _rollout: Rollout | None = None
+    _books: Books | None = None
+    _sampling: Mapping[str, Any] = MappingProxyType({})
+    _max_tool_call_retries = 3
+    _saved = False
 
     def _construct(
-        self, rollout: Rollout, options: Mapping[str, Any], sampling: dict[str, Any], max_tool_call_retries: int
+        self,
+        options: Mapping[str, Any],
+        sampling: Mapping[str, Any],
+        max_tool_call_retries: int,
+        context_length: int | None,
     ) -> None:
         """Hermes' constructor, and what it cannot be told by arguments."""
         profile.freeze_heap()
-        self._rollout = rollout
+        self._context = ContextLength(self._served, context_length)
         self._sampling = sampling
         self._max_tool_call_retries = max_tool_call_retries
-        self._saved = False
-        given = {"max_iterations": 90, "max_tokens": sampling.get("max_tokens"), **options, **IN_PROCESS}
+        given = {"max_iterations": 90, "max_tokens": sampling.get("max_tokens"), **options, **self._route}
         if HERMES_PARAMETERS["tool_delay"].default is not None:  # from 0.20 it is not used, and giving it warns
             given.setdefault("tool_delay", 0.0)
-        with seams.acting_for(self):
+        with acting_for(self):
             AIAgent.__init__(self, **given)
-        seams.check_attributes(self, "AIAgent")
+            seams.check_attributes(self, "AIAgent")
+            self._context.correct(self)
         self._active_children = seams.OurChildren(self, Hooks)
-        self._api_max_retries = 1  # the backend retries what can succeed
         self._compression_feasibility_checked = True  # see _check_compression_model_feasibility
+
+    @property
+    def _served(self) -> Backend:
+        if self._backend is None:
+            raise NoServerError("this agent was made without its constructor: it has no server to ask")
+        return self._backend
+
+    def _length_of_context(self, configured: int | None) -> int:
+        """How long Hermes is to take the context for, which its configuration may have a word on."""
+        return self._context.for_hermes(configured)
 
     # Asking the model
 
@@ -81,68 +108,139 @@ class Hooks(AIAgent):
         return SimpleNamespace(chat=SimpleNamespace(completions=completions), is_closed=False, close=lambda: None)
 
     def _complete(self, **request: Any) -> Any:
-        return self._interruptible_api_call(request)
+        return to_completion(self._ask(request), self.model)
 
     def _interruptible_api_call(self, api_kwargs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        return to_completion(self._ask(api_kwargs), self.model)
+        if self._backend is None:
+            return super()._interruptible_api_call(api_kwargs, *args, **options)
+        return self._complete(**api_kwargs)
 
     def _interruptible_streaming_api_call(
         self, api_kwargs: dict[str, Any], *args: Any, on_first_delta: Any = None, **options: Any
     ) -> Any:
-        """The whole answer at once, announced to whoever listens for its parts."""
-        turn = self._ask(api_kwargs)
-        if on_first_delta is not None:
+        """Hermes asks so where someone listens."""
+        heard = False
+
+        def hear(delta: Delta) -> None:
+            nonlocal heard
+            if not heard and on_first_delta is not None:
+                on_first_delta()
+            heard = True
+            if delta.kind == "content":
+                self._fire_stream_delta(delta.text)
+            elif delta.kind == "reasoning":
+                self._fire_reasoning_delta(delta.text)
+            else:
+                self._fire_tool_gen_started(delta.text)
+
+        with hearing(text_listener, hear if self._is_heard() else None):
+            turn = self._ask(api_kwargs)
+        if not heard and on_first_delta is not None:
             on_first_delta()
-        if turn.reasoning:
-            self._fire_reasoning_delta(turn.reasoning)
-        if turn.content:
-            self._fire_stream_delta(turn.content)
-        for call in turn.calls:
-            if call.ok:
-                self._fire_tool_gen_started(call.name)
-        return to_completion(turn, self.model)
+        completion = to_completion(turn, self.model)
+        completion.id = f"stream-{completion.id}"  # as Hermes has it
+        return completion
+
+    def _is_heard(self) -> bool:
+        """Hermes asks for streams where nobody listens too, to see that the server lives."""
+        return self._has_stream_consumers() or bool(self.reasoning_callback or self.tool_gen_callback)
 
     def _ask(self, api_kwargs: Mapping[str, Any]) -> ModelTurn:
-        sampling = dict(self._sampling)
-        if "max_tokens" in sampling:  # Hermes raises it after an answer that was cut off
-            sampling["max_tokens"] = api_kwargs.get("max_tokens") or sampling["max_tokens"]
+        # Once more for the summary at the iteration limit, which Hermes sends with its images.
+        messages = self._prepare_messages_for_non_vision_model(api_kwargs["messages"])
+        tools, sampling = api_kwargs.get("tools"), asked(self, api_kwargs, tracked=self._served.tracks_tokens)
+        if self._rollout is None:
+            return self._ask_alone(messages, tools, sampling)
+        self._settle()
         return self._rollout.ask(
-            # Once more for the summary at the iteration limit, which Hermes sends with its images.
-            self._prepare_messages_for_non_vision_model(api_kwargs["messages"]),
-            api_kwargs.get("tools"),
+            messages,
+            tools,
             sampling,
-            interrupted=lambda: bool(self._interrupt_requested),
+            interrupted=self._is_interrupted,
             compresses=bool(self.compression_enabled),
         )
 
+    def _ask_alone(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, sampling: dict[str, Any]
+    ) -> ModelTurn:
+        """A call that belongs to no rollout, as one of its own."""
+        rollout = Rollout.on(self._served, None, max_tool_call_retries=self._max_tool_call_retries)
+        books, reason = Books(self), StopReason.COMPLETED
+        try:
+            return rollout.answer(messages, tools, sampling, interrupted=self._is_interrupted)
+        except BaseException as error:
+            reason = stop_reason_of(error)
+            raise
+        finally:
+            conversation = rollout.conversation
+            self.last_auxiliary = conversation.result(
+                conversation.messages, reason, tools=list(tools or []), sampling=sampling
+            )
+            books.settle(self, rollout.uncounted)
+
+    def _is_interrupted(self) -> bool:
+        return bool(getattr(self, "_interrupt_requested", False))
+
+    def _settle(self) -> None:
+        if self._books is not None and self._rollout is not None:
+            self._books.settle(self, self._rollout.uncounted)
+
     def _auxiliary_call(self, *, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatCompletion:
         """What Hermes asks beside the conversation: the summary of a compression."""
-        interrupted = lambda: bool(self._interrupt_requested)  # noqa: E731
-        return to_completion(self._rollout.ask_aside(messages, self._sampling, interrupted=interrupted), self.model)
+        if self._rollout is None:
+            turn = self._ask_alone(messages, None, dict(self._sampling))
+        else:
+            turn = self._rollout.aside().answer(messages, None, self._sampling, interrupted=self._is_interrupted)
+        return to_completion(turn, self.model)
 
     def _check_compression_model_feasibility(self, *args: Any, **options: Any) -> None:
         """Hermes would look for a model that summarises; it is the one that it talks to."""
+        if self._backend is None:
+            super()._check_compression_model_feasibility(*args, **options)
 
     def _compress_context(self, *args: Any, **options: Any) -> Any:
-        with seams.acting_for(self):
+        with acting_for(self):
             return super()._compress_context(*args, **options)
 
+    @property
+    def _sees_as_hermes(self) -> bool:
+        tracked = self._backend is not None and self._backend.tracks_tokens
+        return not tracked and profile.active_profile() is None
+
     def _model_supports_vision(self, *args: Any, **options: Any) -> bool:
-        """Hermes would ask what the model in the user's configuration can do. Tokens are tracked of text alone."""
+        """Tokens are tracked of text alone. In a training run, a chat endpoint's model is not looked up."""
+        if self._backend is None or self._sees_as_hermes:
+            return bool(super()._model_supports_vision(*args, **options))
         return not self._backend.tracks_tokens
 
     def _describe_image_for_anthropic_fallback(self, image_url: str, role: str, *args: Any, **options: Any) -> str:
-        """What a model that sees no images reads in place of one. Hermes would have another model describe it."""
+        """What a model that sees no images reads in place of one: on a token server and in a training run, no other
+        model describes it."""
+        if self._sees_as_hermes:
+            return str(super()._describe_image_for_anthropic_fallback(image_url, role, *args, **options))
         return "[An image was attached here, which you cannot see.]"
 
     def _spawn_background_review(self, *args: Any, **options: Any) -> None:
-        """Hermes' review of a conversation for its memory runs on a model after the rollout: it has no place here."""
+        """Hermes' review of a conversation for its memory and skills, which is no part of the rollout, asks the same
+        server. In a training run, one rollout must not learn from another."""
+        if profile.active_profile() is None and release().reviews:
+            with acting_for(self, beside=True):
+                super()._spawn_background_review(*args, **options)
+
+    def _build_system_prompt(self, *args: Any, **options: Any) -> str:
+        """Hermes' system prompt, with the paths of the task's sandbox as its shell has them."""
+        prompt: str = super()._build_system_prompt(*args, **options)
+        return prompt if self._sandbox is None else self._sandbox.as_told(prompt)
 
     # Keeping what it said
 
+    @property
+    def _last_turn(self) -> ModelTurn | None:
+        return None if self._rollout is None else self._rollout.last_turn
+
     def _build_assistant_message(self, assistant_message: Any, finish_reason: str, **options: Any) -> dict[str, Any]:
         message: dict[str, Any] = super()._build_assistant_message(assistant_message, finish_reason, **options)
-        turn = self._rollout.last_turn
+        turn = self._last_turn
         if turn is not None:
             message[TURN_KEY] = turn.ref
             if not all(call.ok for call in turn.calls):  # those that are none, Hermes has never seen
@@ -151,12 +249,15 @@ class Hooks(AIAgent):
 
     def _handle_max_iterations(self, messages: list[dict[str, Any]], api_call_count: int, **options: Any) -> str:
         response: str = super()._handle_max_iterations(messages, api_call_count, **options)
-        turn = self._rollout.last_turn
+        turn = self._last_turn
         if messages[-1]["role"] == "assistant" and turn is not None:
             messages[-1][TURN_KEY] = turn.ref
         return response
 
     def _save_trajectory(self, messages: list[dict[str, Any]], user_query: str, completed: bool) -> None:
+        if self._rollout is None:
+            super()._save_trajectory(messages, user_query, completed)
+            return
         if messages[-1].get("content") == "(empty)":
             return  # Hermes' word for no answer, in place of all that led to it: saved whole once the run is over
         self._saved = True
@@ -172,20 +273,25 @@ class Hooks(AIAgent):
 
     # Running tools
 
+    @property
+    def _sandbox(self) -> HermesSandbox | None:
+        return None if self._rollout is None else self._rollout.sandbox
+
     def _execute_tool_calls(self, assistant_message: Any, *args: Any, **options: Any) -> None:
-        sandbox = self._rollout.sandbox
+        sandbox = self._sandbox
         if sandbox is not None:
             sandbox.register(sandbox.hermes_id)
         names = [call.function.name for call in assistant_message.tool_calls]
         # Several calls of other tools may run on other threads, for which this one then waits.
-        here = set(names) == {"terminal"} or (len(names) == 1 and names[0] in SANDBOX_TOOLS)
+        alone = set(names) == {"terminal"} or (len(names) == 1 and names[0] in SANDBOX_TOOLS)
+        here = alone and release().tools_run_here
         with contextlib.nullcontext() if here and sandbox and sandbox.steps_out else turnstile.outside():
             super()._execute_tool_calls(assistant_message, *args, **options)
 
     def _dispatch_delegate_task(self, function_args: dict[str, Any], *args: Any, **options: Any) -> str:
         """Run subagents within the rollout: newer releases send them to the background, where they would outlive it."""
-        with seams.acting_for(self):
-            return seams.release().delegate(function_args, self)
+        with acting_for(self):
+            return release().delegate(function_args, self)
 
     def _make_subagent(self, new: AIAgent, *args: Any, **options: Any) -> None:
         """Make the agent that Hermes constructs for a subtask one of ours."""
@@ -194,41 +300,80 @@ class Hooks(AIAgent):
 
     def _cleanup_task_resources(self, task_id: str, *args: Any, **options: Any) -> None:
         """A sandbox is released by whoever opened it, after the verifier."""
-        if self._rollout.sandbox is None:
+        if self._sandbox is None:
             super()._cleanup_task_resources(task_id, *args, **options)
 
     def interrupt(self, message: str | None = None, *args: Any, **options: Any) -> Any:
         """Stop the model request, the tools and the subagents under way."""
         stopped = super().interrupt(message, *args, **options)
-        self._rollout.cancel_requests()
+        self._cancel_requests()
         return stopped
 
     def hard_interrupt(self, *args: Any, **options: Any) -> Any:
         """From 0.20: as :meth:`interrupt`, which Hermes calls past this class here."""
         stopped = super().hard_interrupt(*args, **options)
-        self._rollout.cancel_requests()
+        self._cancel_requests()
         return stopped
+
+    def redirect(self, *args: Any, **options: Any) -> Any:
+        """From 0.20: stop the model request under way, and ask again with what the user has to say."""
+        accepted = super().redirect(*args, **options)
+        if accepted:
+            self._cancel_requests()
+        return accepted
+
+    def _end_rollout(self, error: HermesAtroposError) -> None:
+        """Let no further model call be made in the rollout under way."""
+        if self._rollout is not None:
+            self._rollout.broken = error
+
+    def _cancel_requests(self) -> None:
+        if self._rollout is not None:
+            self._rollout.cancel_requests()
 
 
 class Subagent(Hooks):
-    """An agent that ``delegate_task`` starts, on its parent's server, ledger and sandbox."""
+    """An agent that Hermes starts for another: on its server, and on its ledger and sandbox while it runs a rollout.
+
+    One that is started beside the rollout, for a review in the background, is a rollout of its own.
+    """
 
     def __init__(self, parent: Hooks, *args: Any, **options: Any) -> None:
         options.update(zip(list(HERMES_PARAMETERS)[1:], args, strict=False))
-        self._backend = parent._backend
+        self._backend, self._route, self._parent = parent._served, parent._route, parent
+        rollout = None if acting_beside() else parent._rollout
+        self._alone = rollout is None
         own = {name: value for name, value in options.items() if name not in HERMES_ROUTES}
-        self._construct(parent._rollout.for_subagent(), own, parent._sampling, parent._max_tool_call_retries)
+        self._construct(own, parent._sampling, parent._max_tool_call_retries, parent._context.given)
+        if rollout is None:
+            self._rollout = Rollout.on(self._backend, None, max_tool_call_retries=self._max_tool_call_retries)
+        else:
+            self._rollout = rollout.for_subagent()
 
     def run_conversation(self, *args: Any, **options: Any) -> dict[str, Any]:
+        sandbox = self._sandbox
         task_id = options.get("task_id")
-        if self._rollout.sandbox is not None and task_id:
-            self._rollout.sandbox.register(task_id)
+        if sandbox is not None and task_id:
+            sandbox.register(task_id)
+        self._books = Books(self)
         try:
-            with seams.acting_for(self):
+            with acting_for(self):
                 result: dict[str, Any] = super().run_conversation(*args, **options)
             return result
         finally:
+            self._settle()
+            if self._alone:
+                self._parent.last_auxiliary = self._left()
             set_activity_callback(None)
+
+    def _left(self) -> AgentResult:
+        """What a rollout of its own leaves."""
+        assert self._rollout is not None
+        conversation, failure = self._rollout.conversation, self._rollout.failure
+        reason = StopReason.COMPLETED if failure is None else stop_reason_of(failure)
+        return conversation.result(
+            conversation.messages, reason, tools=list(self.tools or []), sampling=self._rollout.sampling
+        )
 
 
 def weak_method(method: Callable[..., T]) -> Callable[..., T]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Collection
@@ -22,18 +21,20 @@ from pathlib import Path
 
 from hermes_atropos.errors import ConfigurationError
 from hermes_atropos.runtime import once
+from hermes_atropos.sandbox.files import remove_folder
 
 __all__ = ["active_profile", "freeze_heap", "use_training_profile"]
 
 # A config.yaml must exist: without one every read of the configuration expands all defaults again (about 5 ms, several
 # times a model call).
 CONFIG = """\
-model:
-  context_length: {context_length}
+model: {model}
 agent:
   # A line of the system prompt on the machine's Python. On a busy machine it may come too late for some prompts of a
   # group, which must be equal.
   environment_probe: false
+  # From 0.21 it takes two empty answers for proof that the next is empty too. A sample proves nothing.
+  empty_response_guard: {{enabled: false}}
 compression:
   enabled: {compression}
 memory:
@@ -83,6 +84,7 @@ ENVIRONMENT = {
 OTHER_USES = {"HF_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"}
 
 _active: Path | None = None
+_log_folder: Path | None = None
 
 
 def active_profile() -> Path | None:
@@ -90,8 +92,17 @@ def active_profile() -> Path | None:
     return _active
 
 
+def log_folder() -> Path | None:
+    """Under which folder Hermes keeps its log files while the training profile is in use; None for no files."""
+    return _log_folder
+
+
 def use_training_profile(
-    *, context_length: int = 131072, compression: bool = False, keep_env: Collection[str] = ()
+    *,
+    context_length: int | None = None,
+    compression: bool = False,
+    keep_env: Collection[str] = (),
+    log_folder: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Give this process a private Hermes home, and take model providers' keys out of its environment, for good.
 
@@ -101,10 +112,11 @@ def use_training_profile(
     tenth of a second.
 
     Args:
-        context_length: tokens that the model can read; Hermes demands at least 64,000 and compresses by it.
+        context_length: tokens that the model can read, by which Hermes compresses; None takes what the server says.
         compression: whether Hermes may summarise long histories; each summary starts a new sequence.
         keep_env: names of variables that stay though they hold a provider's key or address: a verifier's judge may
             need them. Hermes' auxiliary calls could find them too.
+        log_folder: where Hermes keeps its ``logs/agent.log`` and ``logs/errors.log``; None turns those files off.
 
     Returns:
         The home, removed when the process ends.
@@ -112,7 +124,7 @@ def use_training_profile(
     Raises:
         ConfigurationError: Hermes has been imported already.
     """
-    global _active
+    global _active, _log_folder
     if _active is not None:
         return _active
     if "hermes_constants" in sys.modules or "run_agent" in sys.modules:
@@ -123,14 +135,14 @@ def use_training_profile(
     home = Path(tempfile.mkdtemp(prefix="hermes-atropos-home-"))
     atexit.register(remove, home, os.getpid())
     config = CONFIG.format(
-        context_length=context_length,
+        model="{}" if context_length is None else f"{{context_length: {context_length}}}",
         compression="true" if compression else "false",
         auxiliary="\n".join([NOWHERE.format(AUXILIARY[0]), *map(ALSO_NOWHERE.format, AUXILIARY[1:])]),
     )
     (home / "config.yaml").write_text(config, encoding="utf-8")
     os.environ.update(ENVIRONMENT, HERMES_HOME=str(home))
     os.environ.setdefault("TMPDIR", tempfile.gettempdir())  # from 0.21, Hermes takes another, and prunes it
-    _active = home
+    _active, _log_folder = home, None if log_folder is None else Path(log_folder).absolute()
     for name in provider_credentials() - OTHER_USES - set(keep_env):
         os.environ.pop(name, None)
     return home
@@ -147,7 +159,7 @@ def freeze_heap() -> None:
 def remove(home: Path, owner: int) -> None:
     """Remove the home at the end of the process that made it, not of one that was forked from it."""
     if os.getpid() == owner:
-        shutil.rmtree(home, ignore_errors=True)
+        remove_folder(home)
 
 
 def provider_credentials() -> set[str]:

@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletion
 from hermes_atropos.backends import ModelTurn
 from hermes_atropos.conversation import Conversation, stop_reason_of
 from hermes_atropos.exports.atropos import ManagedState
+from hermes_atropos.hermes.books import usage_of
 from hermes_atropos.hermes.rollout import Rollout
 from hermes_atropos.trajectory import StopReason
 
@@ -37,7 +38,7 @@ def finished(
     reason: StopReason,
     messages: list[Message],
     tools: list[Any],
-    sampling: Mapping[str, Any],
+    counts: Mapping[str, int],
     task_id: str | None,
 ) -> dict[str, Any]:
     """Hermes' result with the trajectory beside it; a failed run gets the keys that Hermes leaves out.
@@ -45,6 +46,7 @@ def finished(
     Args:
         result: what Hermes' loop returned; empty where it raised.
         messages: the whole conversation, as :func:`conversation_of` has it.
+        counts: what the agent's books say, by the key in Hermes' result.
     """
     conversation = rollout.conversation
     system_prompt = next((m["content"] for m in conversation.messages if m["role"] == "system"), None)
@@ -54,19 +56,16 @@ def finished(
         reason,
         tools=tools,
         final_response=last_words(result, conversation),
-        error=describe(rollout.failure) or result.get("error"),
-        sampling=dict(sampling),
+        error=fault(result, rollout, reason),
+        sampling=rollout.sampling,
     )
-    failed: dict[str, Any] = {} if rollout.failure is None else {"failed": True, "cause": rollout.failure}
-    if rollout.signal is not None and rollout.signal in str(result.get("final_response")):
-        failed["final_response"] = f"The model call failed: {trajectory.error}"  # Hermes knows our signal alone
     return {
         "final_response": None,
-        "api_calls": len(conversation.steps),
+        "completed": False,
         **result,
-        "completed": reason is StopReason.COMPLETED,
-        **failed,
-        "error": trajectory.error,
+        "api_calls": result.get("api_calls", len(conversation.steps)) + rollout.retried,
+        **counts,
+        **failed(result, rollout, trajectory.error),
         "messages": without,
         "trajectory": trajectory,
         "managed_state": ManagedState(trajectory.sequences),
@@ -74,6 +73,22 @@ def finished(
         "system_prompt": system_prompt,
         "task_id": task_id,
     }
+
+
+def failed(result: Mapping[str, Any], rollout: Rollout, error: str | None) -> dict[str, Any]:
+    """What a failure changes in Hermes' result.
+
+    Of a failed call Hermes knows our signal alone. Where it has no words of its own, the cause is told.
+    """
+    if rollout.failure is None:
+        return {} if error is None else {"error": error}
+    changed: dict[str, Any] = {"completed": False, "failed": True, "cause": rollout.failure}
+    signal = (rollout.signal or "").partition(":")[0]
+    if signal in (result.get("error") or signal):
+        changed["error"] = error
+        if rollout.signal and result.get("final_response"):
+            changed["final_response"] = f"The model call failed: {error}"
+    return changed
 
 
 def conversation_of(result: Mapping[str, Any], rollout: Rollout, reason: StopReason) -> list[Message]:
@@ -86,19 +101,50 @@ def conversation_of(result: Mapping[str, Any], rollout: Rollout, reason: StopRea
     return messages
 
 
+#: How Hermes says that a turn ended (`turn_exit_reason`, without what stands in parentheses), in 0.13 to 0.22; None
+#: where only the rest of its result tells.
+EXIT_REASONS: Mapping[str, StopReason | None] = {
+    "": None,
+    "all_retries_exhausted_no_response": StopReason.ERROR,
+    "budget_exhausted": StopReason.ITERATION_LIMIT,
+    "compaction_handoff_not_actionable": StopReason.ERROR,
+    "context_compression_exhausted": StopReason.CONTEXT_LENGTH,
+    "context_compression_timeout": StopReason.CONTEXT_LENGTH,
+    "empty_response_exhausted": StopReason.EMPTY_RESPONSE,
+    "error_near_max_iterations": StopReason.ERROR,
+    "fallback_prior_turn_content": None,
+    "guardrail_halt": StopReason.ITERATION_LIMIT,
+    "interpreter_shutdown": StopReason.ERROR,
+    "interrupted_by_system": StopReason.INTERRUPTED,
+    "interrupted_by_user": StopReason.INTERRUPTED,
+    "interrupted_during_api_call": StopReason.INTERRUPTED,
+    "local_processing_error": StopReason.ERROR,
+    "max_iterations_reached": StopReason.ITERATION_LIMIT,
+    "ollama_runtime_context_too_small": StopReason.CONTEXT_LENGTH,
+    "partial_stream_recovery": None,
+    "pending_tool_result": StopReason.ITERATION_LIMIT,
+    "rebuilt_restart_limit_exceeded": StopReason.ERROR,
+    "redirect_restart_limit_exceeded": StopReason.INTERRUPTED,
+    "repeated_outer_errors": StopReason.ERROR,
+    "review_input_budget_exhausted": StopReason.ITERATION_LIMIT,
+    "session_persistence_failed": StopReason.ERROR,
+    "text_response": None,
+    "unknown": None,
+}
+
+
 def stop_reason(result: Mapping[str, Any], rollout: Rollout, max_iterations: int) -> StopReason:
     """Why the run ended: from our own failure if there was one, else from what Hermes says of it."""
     if rollout.cancelled:
         return StopReason.CANCELLED
     if rollout.failure is not None:
         return stop_reason_of(rollout.failure)
-    exit_reason = str(result.get("turn_exit_reason") or "")
-    if result.get("interrupted") or exit_reason.startswith("interrupted"):
+    if result.get("interrupted"):
         return StopReason.INTERRUPTED
-    if exit_reason.startswith(("max_iterations", "budget", "pending_tool_result")):
-        return StopReason.ITERATION_LIMIT
-    if exit_reason.startswith("empty_response"):
-        return StopReason.EMPTY_RESPONSE
+    exit_reason = str(result.get("turn_exit_reason") or "")
+    known = EXIT_REASONS.get(exit_reason.partition("(")[0], StopReason.ERROR)
+    if known is not None:
+        return known
     if "length" in exit_reason or (result.get("partial") and "truncat" in str(result.get("error")).lower()):
         return StopReason.TRUNCATED
     if result.get("completed"):
@@ -108,6 +154,14 @@ def stop_reason(result: Mapping[str, Any], rollout: Rollout, max_iterations: int
     return StopReason.ITERATION_LIMIT if at_limit else StopReason.ERROR
 
 
+def fault(result: Mapping[str, Any], rollout: Rollout, reason: StopReason) -> str | None:
+    """What went wrong: in words of our own, or Hermes', and at the least its name for the end; None if nothing did."""
+    if rollout.failure is not None:
+        return f"{type(rollout.failure).__name__}: {rollout.failure}"
+    unnamed = f"Hermes ended the turn: {result.get('turn_exit_reason')}" if reason is StopReason.ERROR else None
+    return result.get("error") or unnamed
+
+
 def last_words(result: Mapping[str, Any], conversation: Conversation) -> str:
     """The final response if the model said it, not Hermes: else the model's last answer, if that called nothing."""
     turns = [turn for attempts in conversation.steps for turn in attempts]
@@ -115,10 +169,6 @@ def last_words(result: Mapping[str, Any], conversation: Conversation) -> str:
     if any(response == (turn.content or "").strip() for turn in turns):
         return response
     return (turns[-1].content or "").strip() if turns and not turns[-1].calls else ""
-
-
-def describe(failure: BaseException | None) -> str | None:
-    return None if failure is None else f"{type(failure).__name__}: {failure}"
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
@@ -131,24 +181,34 @@ def history_of(messages: Sequence[Mapping[str, Any]] | None) -> list[Message] | 
 
 
 def to_completion(turn: ModelTurn, model: str) -> ChatCompletion:
-    """The answer as Hermes expects it from an OpenAI client. Usage is left out: Hermes would look prices up."""
+    """The answer as Hermes expects it from an OpenAI client, with the usage that Hermes counts."""
     calls = [call.to_openai() for call in turn.calls if call.ok]
     message = {
         "role": "assistant",
-        "content": turn.content,
+        "content": as_written(turn) if turn.finish_reason == "length" else turn.content,
         "tool_calls": calls or None,
         "reasoning_content": turn.reasoning,
     }
     finish_reason = "tool_calls" if calls and turn.finish_reason != "length" else turn.finish_reason
+    usage = usage_of(turn)
     return ChatCompletion.model_validate(
         {
             "id": turn.ref,
             "created": int(time.time()),
-            "model": model,
+            "model": turn.model or model,
             "object": "chat.completion",
             "choices": [{"index": 0, "finish_reason": finish_reason, "message": message}],
+            "usage": usage and usage.model_dump(),
         }
     )
+
+
+def as_written(turn: ModelTurn) -> str | None:
+    """The content of an answer that was cut off, for Hermes to go on from: with the space at its end; and where it has
+    only begun to think, that."""
+    if turn.content is None and turn.reasoning and not turn.calls and "<think>" in turn.raw:
+        return turn.raw
+    return turn.content and turn.content.rstrip() + turn.raw[len(turn.raw.rstrip()) :]
 
 
 def spoken_and_results(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:

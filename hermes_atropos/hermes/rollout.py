@@ -5,23 +5,42 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import queue
 import signal
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hermes_atropos.backends import Backend, ModelTurn
 from hermes_atropos.conversation import Conversation
-from hermes_atropos.errors import ContextLengthError, HermesAtroposError
+from hermes_atropos.errors import (
+    BackendConnectionError,
+    BackendError,
+    BackendTimeoutError,
+    ContextLengthError,
+    HermesAtroposError,
+)
 from hermes_atropos.hermes.terminal import HermesSandbox
-from hermes_atropos.runtime import home_loop, portal_loop, turnstile
+from hermes_atropos.listening import Delta, hearing, text_listener
+from hermes_atropos.runtime import check_not_on, home_loop, portal_loop, turnstile
 
 __all__ = ["ModelCallFailed", "Rollout", "interrupting_first"]
 
 
 class ModelCallFailed(ValueError):
-    """Ends Hermes' turn at once: Hermes retries most errors, but takes a ``ValueError`` for final."""
+    """Ends Hermes' turn at once: Hermes retries most errors, but takes a ``ValueError`` for final.
+
+    Where a server refused the request, it has that server's words, by which Hermes knows what it can mend: it
+    compresses a history that is too long, and asks for a shorter answer where the context leaves less room.
+
+    Attributes:
+        status_code: the HTTP status, where there was one.
+    """
+
+    def __init__(self, signal: str, status_code: int | None = None) -> None:
+        super().__init__(signal)
+        self.status_code = status_code
 
 
 @dataclass(eq=False)
@@ -36,6 +55,10 @@ class Rollout:
         broken: what forbids any further model call.
         cancelled: whether the caller gave it up.
         last_turn: the model's last answer.
+        answered: called on Hermes' thread after each answer, a subagent's too.
+        sampling: what was last asked of the model, beside the messages.
+        uncounted: answers, the faulty ones too, that have yet to be found in Hermes' books.
+        retried: how many answers of this run were sent back before Hermes saw them.
     """
 
     conversation: Conversation
@@ -45,6 +68,10 @@ class Rollout:
     broken: HermesAtroposError | None = None
     cancelled: bool = False
     last_turn: ModelTurn | None = None
+    answered: Callable[[], object] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    uncounted: list[ModelTurn] = field(default_factory=list)
+    retried: int = 0
     _requests: set[concurrent.futures.Future[ModelTurn]] = field(default_factory=set)
 
     @classmethod
@@ -55,7 +82,9 @@ class Rollout:
     def for_subagent(self) -> Rollout:
         """The same ledger and sandbox, and a conversation of its own."""
         retries = self.conversation.max_tool_call_retries
-        return Rollout(Conversation(self.conversation.backend, max_tool_call_retries=retries), self.sandbox)
+        return Rollout(
+            Conversation(self.conversation.backend, max_tool_call_retries=retries), self.sandbox, answered=self.answered
+        )
 
     def ask(
         self,
@@ -78,7 +107,8 @@ class Rollout:
         """
         if self.broken is not None:
             raise self._told_of(self.broken, compresses)
-        request = self._asked(self.conversation.chat(messages, tools, **sampling), interrupted)
+        self.sampling = dict(sampling)
+        request = self._asked(messages, tools, sampling, interrupted)
         # Not raised here: its traceback would hold the frames of Hermes' thread, and they the agent.
         error = request.exception()
         if error is not None:
@@ -87,41 +117,72 @@ class Rollout:
         return self.last_turn
 
     def _told_of(self, error: BaseException, compresses: bool) -> ModelCallFailed:
-        self.signal = f"the model call failed ({type(error).__name__})"
-        if isinstance(error, ContextLengthError):
-            # The first are words by which Hermes knows that it is to compress.
+        self.failure, self.signal, status = error, f"the model call failed ({type(error).__name__})", None
+        if isinstance(error, ContextLengthError) and error.status is None:
+            # Nobody was asked. The first are words by which Hermes knows that it is to compress.
             self.signal = "maximum context length exceeded" if compresses else "no room for an answer"
-        self.failure = error
-        return ModelCallFailed(self.signal)
+        elif isinstance(error, BackendError) and not isinstance(error, BackendConnectionError | BackendTimeoutError):
+            self.signal, status = f"{type(error).__name__}: {error.body or error}", error.status
+        return ModelCallFailed(self.signal, status)
 
-    def ask_aside(
-        self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any], *, interrupted: Callable[[], bool]
+    def answer(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        sampling: Mapping[str, Any],
+        *,
+        interrupted: Callable[[], bool],
     ) -> ModelTurn:
-        """A call of Hermes beside the conversation: a conversation of its own on the same server."""
-        aside = Conversation(self.conversation.backend)
-        return self._asked(aside.chat(messages, None, **sampling), interrupted).result()
+        """:meth:`ask`, for whoever takes an error as it is."""
+        return self._asked(messages, tools, sampling, interrupted).result()
+
+    def aside(self) -> Rollout:
+        """For a call of Hermes beside the conversation: a conversation of its own on the same ledger and server."""
+        conversation = Conversation(self.conversation.backend)
+        return Rollout(conversation, answered=self.answered, uncounted=self.uncounted, _requests=self._requests)
 
     def _asked(
-        self, question: Coroutine[Any, Any, ModelTurn], interrupted: Callable[[], bool]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        sampling: Mapping[str, Any],
+        interrupted: Callable[[], bool],
     ) -> concurrent.futures.Future[ModelTurn]:
         """Ask on the server's loop and wait on this thread.
 
         Raises:
             InterruptedError: the agent was interrupted before or meanwhile.
+            BlockingCallError: this thread runs the server's loop.
         """
         server = self.conversation.backend.server
-        request = asyncio.run_coroutine_threadsafe(question, home_loop(server, portal_loop()))
+        loop = home_loop(server, portal_loop())
+        check_not_on(loop, instead="another thread")
+        taken = len(self.conversation.steps)
+        question = self.conversation.chat(messages, tools, **sampling)
+        told: queue.SimpleQueue[Delta | None] = queue.SimpleQueue()
+        listener = text_listener.get()
+        with hearing(text_listener, None if listener is None else told.put):
+            request = asyncio.run_coroutine_threadsafe(question, loop)
         self._requests.add(request)
+        request.add_done_callback(lambda _: told.put(None))
         try:
             if interrupted():
                 request.cancel()
             with turnstile.outside():
-                concurrent.futures.wait([request])
+                # Here, where it may take its time: on the server's loop nobody could.
+                while (delta := told.get()) is not None:
+                    if listener is not None and not request.cancelled():
+                        listener(delta)
         finally:
             request.cancel()
             self._requests.discard(request)
+            answers = [turn for attempts in self.conversation.steps[taken:] for turn in attempts]
+            self.uncounted += answers
+            self.retried += max(0, len(answers) - 1)
         if request.cancelled():
             raise InterruptedError("The agent was interrupted during a model call.")
+        if self.answered is not None:
+            self.answered()
         return request
 
     def cancel_requests(self) -> None:

@@ -6,7 +6,7 @@ when the first agent is constructed, so that a release which moved something is 
 
 Where Hermes offers neither a method nor an argument, one of its functions is wrapped in place (``WRAPPED``). The
 wrapper does what Hermes does, unless the code runs for one of our agents: a context variable, which Hermes' worker
-threads inherit, tells (:func:`acting_for`).
+threads inherit, tells (``acting``).
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import contextlib
 import functools
 import importlib
 import inspect
+import itertools
+import logging
+import os
+import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,9 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from hermes_atropos.errors import UnsupportedVersionError
+from hermes_atropos.hermes import compression, profile
+from hermes_atropos.hermes.acting import acting_agent
+from hermes_atropos.hermes.confined import CONFINED
 from hermes_atropos.hermes.versions import hermes_version
 from hermes_atropos.runtime import once
 
@@ -36,13 +42,9 @@ __all__ = [
     "SEAMS",
     "WRAPPED",
     "OurChildren",
-    "Release",
     "Seam",
-    "acting_agent",
-    "acting_for",
     "check",
     "check_attributes",
-    "release",
 ]
 
 
@@ -89,8 +91,11 @@ class Seam:
         return f"does not accept {', '.join(missing)}" if missing else None
 
 
-def _methods(module: str, owner: str, **methods: str | None) -> list[Seam]:
-    return [Seam(module, f"{owner}.{name}", tuple(given.split()) if given else None) for name, given in methods.items()]
+def _methods(module: str, owner: str, *, since: str | None = None, **methods: str | None) -> list[Seam]:
+    return [
+        Seam(module, f"{owner}.{name}", tuple(given.split()) if given else None, since)
+        for name, given in methods.items()
+    ]
 
 
 SEAMS: list[Seam] = [
@@ -100,6 +105,7 @@ SEAMS: list[Seam] = [
         "AIAgent",
         __init__="base_url api_key provider model max_iterations tool_delay max_tokens session_id",
         _build_assistant_message="assistant_message finish_reason",
+        _build_system_prompt=None,
         _check_compression_model_feasibility=None,
         _cleanup_task_resources="task_id",
         _compress_context=None,
@@ -112,6 +118,7 @@ SEAMS: list[Seam] = [
         _fire_stream_delta="text",
         _fire_tool_gen_started="tool_name",
         _handle_max_iterations="messages api_call_count",
+        _has_stream_consumers=None,
         _interruptible_api_call="api_kwargs",
         _interruptible_streaming_api_call="api_kwargs on_first_delta",
         _model_supports_vision=None,
@@ -122,12 +129,46 @@ SEAMS: list[Seam] = [
         interrupt="message",
         run_conversation="user_message system_message conversation_history task_id stream_callback",
         steer="text",
+        switch_model="new_model new_provider api_key base_url api_mode",
     ),
     Seam("run_agent", "AIAgent.hard_interrupt", ("message",), since="0.20"),
+    Seam("run_agent", "AIAgent.redirect", ("text",), since="0.20"),
+    *_methods(
+        "agent.context_compressor",
+        "ContextCompressor",
+        since="0.18",
+        _find_last_assistant_message_idx="messages head_end",
+        _protect_head_size="messages",
+    ),
+    Seam("agent.context_compressor", "SUMMARY_PREFIX"),
     Seam("agent.context_compressor", "call_llm"),
+    Seam(
+        "agent.auxiliary_client", "_resolve_task_provider_model", ("task", "provider", "model", "base_url", "api_key")
+    ),
+    Seam("agent.auxiliary_client", "async_call_llm", ("task", "messages")),
+    Seam("agent.auxiliary_client", "call_llm", ("task", "messages")),
+    Seam("agent.auxiliary_client", "_validate_llm_response", ("response", "task")),
+    Seam(
+        "agent.agent_init",
+        "_custom_provider_extra_body_for_agent",
+        ("provider", "model", "base_url", "custom_providers"),
+        since="0.18",
+    ),
+    Seam("agent.conversation_loop", "jittered_backoff", ("attempt",), since="0.20", until="0.21"),
+    Seam("agent.retry_utils", "jittered_backoff", ("attempt",), since="0.21"),
+    Seam("agent.context_compressor", "get_model_context_length", ("config_context_length",)),
+    Seam("agent.model_metadata", "DEFAULT_FALLBACK_CONTEXT"),
+    Seam("agent.model_metadata", "MINIMUM_CONTEXT_LENGTH"),
+    Seam("agent.model_metadata", "get_model_context_length", ("config_context_length",)),
+    Seam(
+        "hermes_state",
+        "SessionDB.update_token_counts",
+        ("session_id", "input_tokens", "output_tokens", "cache_read_tokens", "reasoning_tokens", "api_call_count"),
+    ),
     Seam("agent.turn_context", "_maybe_title_session_at_turn_start", since="0.20"),
     Seam("tools.delegate_tool", "delegate_task", ("goal", "context", "tasks", "parent_agent")),
     Seam("tools.delegate_tool", "_resolve_delegation_credentials", ("cfg", "parent_agent")),
+    Seam("tools.tool_result_storage", "get_spillover_dir", (), since="0.20.6"),
     Seam("tools.environments.base", "set_activity_callback", ("cb",)),
     # Tools and toolsets.
     Seam("model_tools", "get_tool_definitions", ("enabled_toolsets", "disabled_toolsets", "quiet_mode")),
@@ -145,15 +186,22 @@ SEAMS: list[Seam] = [
         "tools.environments.local",
         "LocalEnvironment",
         __init__="cwd timeout env",
-        _kill_process="proc",
-        _quote_cwd_for_cd="cwd",
-        _wait_for_process="proc",
-        _wrap_command="command cwd",
+        _prepare_command="command",
         cleanup=None,
-        execute="command timeout stdin_data",
+        execute="command cwd timeout stdin_data",
         get_temp_dir=None,
         init_session=None,
     ),
+    Seam("tools.environments.local", "_append_missing_sane_path_entries", ("existing_path",), since="0.22"),
+    Seam("tools.environments.local", "_user_tools_first", ("existing_path",), since="0.22"),
+    Seam("tools.environments.base", "touch_activity_if_due", ("state", "label")),
+    Seam("tools.environments.local", "_find_bash", ()),
+    Seam("tools.environments.local", "_make_run_env", ("env",)),
+    Seam("tools.environments.local", "_resolve_safe_cwd", ("cwd",)),
+    Seam("tools.environments.local", "_resolve_shell_init_files", ()),
+    Seam("tools.terminal_tool", "_rewrite_compound_background", ("command",), until="0.21"),
+    Seam("tools.terminal_tool_sudo", "_rewrite_compound_background", ("command",), since="0.21"),
+    Seam("tools.tool_output_limits", "get_max_bytes", (), since="0.19"),
     Seam("tools.terminal_tool", "_active_environments"),
     Seam("tools.terminal_tool", "_env_lock"),
     Seam("tools.terminal_tool", "_get_env_config", ()),
@@ -170,17 +218,38 @@ SEAMS: list[Seam] = [
     Seam("tools.interrupt", "set_interrupt", ("active", "thread_id")),
     Seam("tools.process_registry", "process_registry.kill_all", ("task_id",)),
     Seam("agent.runtime_cwd", "set_session_cwd", ("cwd",), since="0.16"),
+    Seam("hermes_constants", "get_subprocess_home", (), since="0.19"),
+    # What is done otherwise behind a wall.
+    Seam("tools.registry", "ToolRegistry.dispatch", ("name", "args")),
+    Seam("tools.terminal_tool", "_create_environment", ("task_id",), until="0.21"),
+    Seam("tools.terminal_tool_backends", "_create_environment", ("task_id",), since="0.21"),
+    Seam("tools.process_registry", "ProcessRegistry.spawn_local", ("command", "task_id")),
+    Seam("tools.read_extract", "is_extractable_document", ("path",), since="0.19"),
+    Seam("tools.image_source", "resolve_image_source", ("src", "ctx"), since="0.19"),
+    Seam("tools.image_source", "_is_local_terminal_backend", (), since="0.19"),
+    Seam("tools.image_source", "_http_block_reason", ("url",), since="0.19"),
+    Seam("tools.file_state", "lock_path", ("resolved_or_path",), since="0.19"),
+    Seam("tools.file_state", "record_read", ("task_id",), since="0.19"),
+    Seam("tools.file_state", "note_write", ("task_id",), since="0.19"),
+    Seam("tools.file_state", "check_stale", ("task_id",), since="0.19"),
+    Seam("agent.subdirectory_hints", "SubdirectoryHintTracker.check_tool_call", ("tool_name",), since="0.19"),
     # The training profile.
     Seam("hermes_cli.auth", "PROVIDER_REGISTRY"),
+    Seam("hermes_cli.runtime_provider", "resolve_runtime_provider", ("requested",)),
+    Seam("hermes_logging", "COMPONENT_PREFIXES"),
+    Seam("hermes_logging", "setup_logging", ("hermes_home",)),
 ]
 
 #: What an object of Hermes must have once it is constructed.
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "AIAgent": (
-        *("_active_children", "_api_max_retries", "_interrupt_requested", "compression_enabled", "max_iterations"),
-        *("model", "save_trajectories", "tools"),
+        *("_active_children", "_interrupt_requested", "_session_db", "compression_enabled"),
+        *("context_compressor", "max_iterations", "model", "reasoning_callback", "save_trajectories"),
+        *("session_api_calls", "session_cache_read_tokens", "session_completion_tokens", "session_input_tokens"),
+        *("session_output_tokens", "session_prompt_tokens", "session_reasoning_tokens", "session_total_tokens"),
+        *("tool_gen_callback", "tools"),
     ),
-    "LocalEnvironment": ("_cwd_marker", "_snapshot_path", "_snapshot_ready", "env"),
+    "LocalEnvironment": ("_snapshot_path", "_snapshot_ready", "cwd", "env", "timeout"),
 }
 
 
@@ -205,6 +274,7 @@ def check() -> None:
     Raises:
         UnsupportedVersionError: Hermes lacks something; the message names it, the release, and where to look.
     """
+    stock_agent()
     here = [seam for seam in SEAMS if seam.is_in(hermes_version())]
     for seam in here:
         fault = seam.fault()
@@ -213,48 +283,76 @@ def check() -> None:
     for seam in here:
         if (seam.module, seam.name) in WRAPPED:
             _wrap(seam, WRAPPED[seam.module, seam.name])
+        if (seam.module, seam.name) in CONFINED:
+            _override(seam, CONFINED[seam.module, seam.name])
 
 
 # ── What runs for one of our agents ──────────────────────────────────────────────────────────────────────────────────
 
-# A weak reference, because a thread or a task may outlive the rollout whose context it has.
-_acting: ContextVar[weakref.ref[Hooks] | None] = ContextVar("hermes_atropos_agent", default=None)
-
-
-@contextlib.contextmanager
-def acting_for(agent: Hooks) -> Iterator[None]:
-    """For the length of the block, what Hermes does in this context it does for ``agent``."""
-    token = _acting.set(weakref.ref(agent))
-    try:
-        yield
-    finally:
-        _acting.reset(token)
-
-
-def acting_agent() -> Hooks | None:
-    """The agent of ours for which the current code runs; None elsewhere."""
-    reference = _acting.get()
-    return None if reference is None else reference()
-
 
 def _wrap(seam: Seam, ours: Callable[..., Any]) -> None:
+    """In one of our agents' rollouts, ``ours`` is called, with the agent and the original."""
+
+    def wrapped(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        agent = acting_agent()
+        return original(*args, **options) if agent is None else ours(agent, original, *args, **options)
+
+    _override(seam, wrapped)
+
+
+def _override(seam: Seam, ours: Callable[..., Any]) -> None:
+    """``ours`` is called in its place, with the original."""
     *parts, last = seam.name.split(".")
     owner = functools.reduce(getattr, parts, importlib.import_module(seam.module))
     original = getattr(owner, last)
 
     @functools.wraps(original)
-    def wrapped(*args: Any, **options: Any) -> Any:
-        agent = acting_agent()
-        return original(*args, **options) if agent is None else ours(agent, original, *args, **options)
+    def replaced(*args: Any, **options: Any) -> Any:
+        return ours(original, *args, **options)
 
-    setattr(owner, last, wrapped)
+    setattr(owner, last, replaced)
+
+
+@functools.cache
+def stock_agent() -> type[Any]:
+    """Hermes' own class of agents, in whose place another may stand since."""
+    from run_agent import AIAgent
+
+    kind: type[Any] = AIAgent
+    return kind
+
+
+@contextlib.contextmanager
+def in_place_of(module: str, name: str, ours: Any) -> Iterator[None]:
+    """For the length of the block, ``ours`` stands wherever a module of this process holds that object of Hermes.
+
+    Raises:
+        UnsupportedVersionError: Hermes has no such object.
+    """
+    if fault := Seam(module, name).fault():
+        raise _changed(f"{module}.{name} {fault}")
+    theirs = getattr(sys.modules[module], name)
+    # What stands beside Hermes; a user's own module may want to compare the two.
+    _replace(theirs, ours, within=os.path.join(os.path.dirname(inspect.getfile(stock_agent())), ""))
+    try:
+        yield
+    finally:
+        _replace(ours, theirs)  # whoever has taken it over in the block
+
+
+def _replace(old: Any, new: Any, within: str = "") -> None:
+    """Put one object in place of another in every module of a folder but the library's own."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if name.partition(".")[0] != __name__.partition(".")[0] and file.startswith(within):
+            for held, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, held, new)
 
 
 def _construct(agent: Hooks, original: Callable[..., None], new: Any, *args: Any, **options: Any) -> None:
     """An agent that Hermes makes within a rollout (``delegate_task`` does) becomes a subagent on the same server."""
-    from run_agent import AIAgent
-
-    if type(new) is AIAgent:
+    if type(new) is stock_agent():
         agent._make_subagent(new, *args, **options)
     else:
         original(new, *args, **options)
@@ -273,13 +371,56 @@ def _unknown_context_length(agent: Hooks, original: Callable[..., int]) -> int:
     return 0
 
 
-def _summarise(agent: Hooks, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The summary of a compression comes from the rollout's own server."""
-    return agent._auxiliary_call(*args, **options)
-
-
 def _no_title(agent: Hooks, original: Callable[..., None], *args: Any, **options: Any) -> None:
     """From 0.20, Hermes has the model of the user's configuration find a title for the session, on another thread."""
+
+
+def _log_files(agent: Hooks, original: Callable[..., Path], *args: Any, **options: Any) -> Path:
+    """In a training run Hermes' log files are where its author wants them, or off: the home goes with the process."""
+    home = profile.active_profile()
+    if home is None:
+        return original(*args, **options)
+    folder = profile.log_folder()
+    if folder is not None:
+        return original(*args, **options | {"hermes_home": folder})
+    _keep_off_standard_error()
+    return home / "logs"
+
+
+@once
+def _keep_off_standard_error() -> None:
+    """Python prints the warnings of loggers that have no handler."""
+    import hermes_logging
+
+    for name in itertools.chain(*hermes_logging.COMPONENT_PREFIXES.values()):
+        logging.getLogger(name).addHandler(logging.NullHandler())
+
+
+def _home(agent: Hooks, original: Callable[..., str | None], *args: Any, **options: Any) -> str | None:
+    """The home of a task's shell is also what the file tools take ``~`` for: theirs would be the trainer's own."""
+    sandbox = agent._sandbox
+    return (sandbox and sandbox.home) or original(*args, **options)
+
+
+def _at_once(agent: Hooks, original: Callable[..., float], *args: Any, **options: Any) -> float:
+    """Seconds to wait before asking again after an empty answer, 5 to 60 from 0.20 on: a sample needs no rest."""
+    return 0.0
+
+
+def _once_a_path(agent: Hooks, original: Callable[[str], str], existing_path: str) -> str:
+    """A PATH with Hermes' own folders. From 0.22 it looks them all up for each command, most of a turn's time."""
+    return _completed(original, existing_path)
+
+
+@functools.lru_cache(maxsize=64)
+def _completed(original: Callable[[str], str], existing_path: str) -> str:
+    return original(existing_path)
+
+
+def _in_the_sandbox(agent: Hooks, original: Callable[..., Path]) -> Path:
+    """Where large results go: from 0.20.6 into Hermes' home, where other rollouts read them, and they stay."""
+    sandbox = agent._sandbox
+    return original() if sandbox is None else Path(sandbox.environment().get_temp_dir(), "hermes-results")
 
 
 #: What is wrapped in place: (module, name) → what is called in a rollout, with its agent and the original.
@@ -287,8 +428,19 @@ WRAPPED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("run_agent", "AIAgent.__init__"): _construct,
     ("tools.delegate_tool", "_resolve_delegation_credentials"): _own_model_for_subagents,
     ("model_tools", "_resolve_active_context_length"): _unknown_context_length,
-    ("agent.context_compressor", "call_llm"): _summarise,
+    ("agent.context_compressor", "ContextCompressor._protect_head_size"): compression.keeping_the_task,
+    ("agent.context_compressor", "ContextCompressor._find_last_assistant_message_idx"): compression.no_summary,
+    ("agent.context_compressor", "call_llm"): compression.summarise,
+    ("agent.context_compressor", "get_model_context_length"): compression.own_context_length,
+    ("agent.model_metadata", "get_model_context_length"): compression.own_context_length,
     ("agent.turn_context", "_maybe_title_session_at_turn_start"): _no_title,
+    ("hermes_logging", "setup_logging"): _log_files,
+    ("hermes_constants", "get_subprocess_home"): _home,
+    ("agent.conversation_loop", "jittered_backoff"): _at_once,
+    ("agent.retry_utils", "jittered_backoff"): _at_once,
+    ("tools.environments.local", "_append_missing_sane_path_entries"): _once_a_path,
+    ("tools.environments.local", "_user_tools_first"): _once_a_path,
+    ("tools.tool_result_storage", "get_spillover_dir"): _in_the_sandbox,
 }
 
 
@@ -316,109 +468,6 @@ class OurChildren(list[Any]):
             )
             agent = self._agent()
             if agent is not None:
-                agent._rollout.broken = error  # Hermes turns what its tools raise into a result that the model reads
+                agent._end_rollout(error)  # Hermes turns what its tools raise into a result that the model reads
             raise error
         super().append(child)
-
-
-# ── What differs by release: the newest is the base, and each class is what an older one lacks ───────────────────────
-
-
-class Release:
-    """What is asked of Hermes in other words from release to release."""
-
-    def definitions(self, enabled: Sequence[str], disabled: Sequence[str]) -> list[dict[str, Any]]:
-        """The tools of these toolsets that can run here, none of them deferred behind Hermes' tool search."""
-        import model_tools
-
-        found: list[dict[str, Any]] = model_tools.get_tool_definitions(
-            list(enabled), list(disabled) or None, quiet_mode=True, **self._undeferred
-        )
-        return found
-
-    _undeferred: Mapping[str, Any] = {"skip_tool_search_assembly": True}
-
-    def delegate(self, arguments: Mapping[str, Any], parent: Hooks) -> str:
-        """Call ``delegate_task`` in the foreground: a subagent in the background would outlive the rollout."""
-        from tools import delegate_tool
-
-        accepted = inspect.signature(delegate_tool.delegate_task).parameters
-        chosen = {name: value for name, value in arguments.items() if name in accepted}
-        answer: str = delegate_tool.delegate_task(**chosen | self._foreground(chosen), parent_agent=parent)
-        return answer
-
-    def _foreground(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        from tools.delegate_tool import _strip_model_hidden_task_fields
-
-        return {"background": False, "tasks": _strip_model_hidden_task_fields(chosen.get("tasks"))}
-
-    @contextlib.contextmanager
-    def current_folder(self, folder: Path) -> Iterator[None]:
-        """For the length of the block, this context's Hermes takes ``folder`` for the current one."""
-        from agent.runtime_cwd import set_session_cwd
-
-        token = set_session_cwd(str(folder))
-        try:
-            yield
-        finally:
-            token.var.reset(token)
-
-    def lifecycle(self) -> Any:
-        """The module that finds and closes terminal environments."""
-        from tools import terminal_tool_lifecycle
-
-        return terminal_tool_lifecycle
-
-    def nobody_waits(self) -> None:
-        """Tell Hermes' tools not to promise a later report: nobody is there to deliver it."""
-        from gateway.session_context import declare_stateless_channel
-
-        declare_stateless_channel()
-
-
-class Before021(Release):
-    def lifecycle(self) -> Any:
-        from tools import terminal_tool
-
-        return terminal_tool
-
-
-class Before019(Before021):
-    def nobody_waits(self) -> None:
-        """These releases know no channel without a session."""
-
-
-class Before0182(Before019):
-    def _foreground(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        return {"background": False}
-
-
-class Before017(Before0182):
-    def _foreground(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
-        return {}
-
-
-class Before016(Before017):
-    _undeferred: Mapping[str, Any] = {}
-
-    @contextlib.contextmanager
-    def current_folder(self, folder: Path) -> Iterator[None]:
-        """These releases have no current folder of their own: the system prompt names the process's."""
-        yield
-
-
-RELEASES: Mapping[str, type[Release]] = {
-    "0.16": Before016,
-    "0.17": Before017,
-    "0.18.2": Before0182,
-    "0.19": Before019,
-    "0.21": Before021,
-}
-
-
-@once
-def release() -> Release:
-    """The installed release; the newest where it is unknown."""
-    installed = hermes_version()
-    older = (kind for bound, kind in RELEASES.items() if installed is not None and installed < Version(bound))
-    return next(older, Release)()

@@ -11,14 +11,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import json
 import os
-import re
 import shlex
-import signal
-import subprocess
-import tempfile
 import threading
 import time
 import uuid
@@ -27,14 +22,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tools import terminal_tool
-from tools.environments.local import LocalEnvironment
-from tools.interrupt import set_interrupt
+from tools.interrupt import is_interrupted, set_interrupt
 from tools.process_registry import process_registry
 
-from hermes_atropos.errors import SandboxError
-from hermes_atropos.hermes import seams
-from hermes_atropos.runtime import run_in_rollout_thread, turnstile
-from hermes_atropos.sandbox import CommandResult, Sandbox
+from hermes_atropos.errors import FileTooLargeError, SandboxError
+from hermes_atropos.hermes.environments import InShells, TaskEnvironment
+from hermes_atropos.hermes.profile import active_profile
+from hermes_atropos.hermes.releases import release
+from hermes_atropos.runtime import run_in_rollout_thread
+from hermes_atropos.sandbox import CommandResult, Sandbox, files
+from hermes_atropos.sandbox.check import Check, run_here
 from hermes_atropos.sandbox.folder import Folders
 from hermes_atropos.sandbox.processes import MARKER
 
@@ -42,130 +39,11 @@ __all__ = ["HermesSandbox"]
 
 T = TypeVar("T")
 
-#: Seconds between SIGTERM and SIGKILL, so that a cancelled tool is gone within a second.
-GRACE = 0.2
+#: Held by the thread that removes folders: many at once would keep the event loop waiting for the interpreter's lock.
+_removing = threading.Lock()
 
-#: What a shell runs for a command. The marker comes last: where it was printed, the variables have been written.
-SCRIPT = """\
-source {snapshot} >/dev/null 2>&1 || true
-builtin cd -- {cwd} || exit 126
-eval {command}
-__hermes_ec=$?
-umask 077
-{{ builtin export -p > {snapshot}.tmp.$$; }} 2>/dev/null || command rm -f {snapshot}.tmp.$$
-builtin printf '\\n{marker}'
-builtin pwd -P 2>/dev/null
-builtin printf '{marker}\\n'
-exit $__hermes_ec
-"""
-
-_login_lock = threading.Lock()
-
-
-class TaskEnvironment(LocalEnvironment):
-    """Hermes' local environment in a task's folders, closed by its sandbox alone.
-
-    In private folders the shell starts from what a login shell with an empty home adds, found once per process. In
-    others it starts from the user's login shell, as Hermes' own does.
-    """
-
-    def __init__(self, folders: Folders) -> None:
-        self._open = True
-        self._private = folders.root is not None
-        self._login = threading.Lock()
-        self._logged_in = False
-        super().__init__(
-            cwd=str(folders.workspace), timeout=terminal_tool._get_env_config()["timeout"], env=folders.variables
-        )
-        seams.check_attributes(self, "LocalEnvironment")
-
-    def init_session(self) -> None:
-        """Hermes starts a login shell here, which is slow: the user's own is started at the first command instead."""
-        if self._private:
-            # Hermes notes its current session in the process's environment; a shell should not start from that.
-            environ = {name: value for name, value in os.environ.items() if not name.startswith("HERMES_SESSION")}
-            with _login_lock:
-                snapshot = login_snapshot(tuple(sorted(environ.items())))
-            Path(self._snapshot_path).write_text(snapshot, encoding="utf-8")
-            self._snapshot_ready = self._logged_in = True
-
-    def execute(self, *args: Any, **options: Any) -> dict[str, Any]:
-        with self._login:
-            if not self._logged_in:
-                super().init_session()
-                self._logged_in = True
-        result: dict[str, Any] = super().execute(*args, **options)
-        return result
-
-    def cleanup(self) -> None:
-        """Does nothing until :meth:`close`: Hermes calls this after each run, before the verifier has seen the task."""
-        if not self._open:
-            super().cleanup()
-
-    def close(self) -> None:
-        """Remove the environment's own files; its processes must have ended."""
-        self._open = False
-        self.cleanup()
-
-    def _wrap_command(self, command: str, cwd: str) -> str:
-        """The script that runs a command in the shell as the last one left it, and records how this one leaves it.
-
-        Hermes' own starts two more processes, which cost a third more CPU time in the child: here the variables are
-        written to a file that ``_wait_for_process`` renames, and the folder is printed without a subshell.
-        """
-        if not self._snapshot_ready:  # the user's login shell cannot be started
-            script: str = super()._wrap_command(command, cwd)
-            return script
-        return SCRIPT.format(
-            snapshot=shlex.quote(self._snapshot_path),
-            cwd=self._quote_cwd_for_cd(cwd),
-            command=shlex.quote(command),
-            marker=self._cwd_marker,
-        )
-
-    def _wait_for_process(self, proc: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        with turnstile.outside():
-            result: dict[str, Any] = super()._wait_for_process(proc, *args, **options)
-        written = Path(f"{self._snapshot_path}.tmp.{proc.pid}")
-        with contextlib.suppress(FileNotFoundError):  # the command ended its shell
-            if self._cwd_marker in result["output"]:
-                written.replace(self._snapshot_path)
-            else:
-                written.unlink()
-        return result
-
-    def _kill_process(self, proc: Any) -> None:
-        """End a command's process group: SIGTERM, and SIGKILL for whatever is left after ``GRACE`` seconds."""
-        group = getattr(proc, "_hermes_pgid", proc.pid)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGTERM)
-            deadline = time.monotonic() + GRACE
-            while time.monotonic() < deadline:
-                proc.poll()
-                os.killpg(group, 0)
-                time.sleep(0.01)
-            os.killpg(group, signal.SIGKILL)
-        proc.wait(timeout=1)
-
-
-@functools.lru_cache(maxsize=8)
-def login_snapshot(environ: tuple[tuple[str, str], ...]) -> str:
-    """What a login shell with an empty home adds to ``environ``, as the lines that restore it in a later shell.
-
-    What differs from task to task is left out, because each process gets it in its own environment.
-    """
-    script = "export -p; alias -p; echo 'shopt -s expand_aliases'; echo 'set +e'; echo 'set +u'"
-    with tempfile.TemporaryDirectory() as home:
-        shell = subprocess.run(
-            ["bash", "-l", "-c", script],
-            env=dict(environ, HOME=home),
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    own = re.compile(rf"declare -x (HOME|TMPDIR|PWD|OLDPWD|SHLVL|_|{MARKER})(=|$)")
-    return "".join(line for line in shell.stdout.splitlines(keepends=True) if not own.match(line))
+#: Where a verifier's programs are looked for on another machine, unless its ``env`` says otherwise.
+REMOTE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class HermesSandbox(Sandbox):
@@ -202,11 +80,20 @@ class HermesSandbox(Sandbox):
         self._folders = Folders(self.task_id, workspace, copy=copy, private=private)
         self.workspace = self._folders.workspace
         try:
-            self._local = TaskEnvironment(self._folders) if backend() == "local" else None
+            self._local = self._open_environment()
         except BaseException:
             self._folders.remove()
             raise
         self.register(self.hermes_id)
+
+    def _open_environment(self) -> InShells | None:
+        """The environment that is this library's own; None leaves it to Hermes."""
+        return TaskEnvironment(self._folders) if backend() == "local" else None
+
+    @property
+    def inside(self) -> str:
+        """The workspace's path to the task's commands."""
+        return str(self.workspace)
 
     def register(self, task_id: str) -> None:
         """Let Hermes find the sandbox under ``task_id`` (this task's, or that of one of its subagents).
@@ -219,7 +106,7 @@ class HermesSandbox(Sandbox):
         with self._lock:
             self._check_open()
             if task_id not in self._registered:
-                overrides = {"cwd": str(self.workspace), "env_type": backend()}
+                overrides = {"cwd": self.inside, "env_type": backend()}
                 terminal_tool.register_task_env_overrides(task_id, overrides)
                 self._registered.add(task_id)
             if self._local is not None:
@@ -233,15 +120,51 @@ class HermesSandbox(Sandbox):
             if self._released:
                 return
             self._released = True
-        for task_id in self._registered:
-            process_registry.kill_all(task_id=task_id)
         if self._local is not None:
-            self._folders.kill_processes()
-            self._local.close()
+            self._end()
+        self._tell_hermes_of_the_end()
         for task_id in self._registered:
-            seams.release().lifecycle().cleanup_vm(task_id)
+            release().lifecycle().cleanup_vm(task_id)
             terminal_tool.clear_task_env_overrides(task_id)
-        self._folders.remove()
+        with _removing:
+            self._folders.remove()
+
+    def _end(self) -> None:
+        assert self._local is not None
+        self._folders.kill_processes()
+        self._local.close()
+
+    def _tell_hermes_of_the_end(self) -> None:
+        """Have Hermes note that the task's background processes have ended, and end those that it has elsewhere.
+
+        It would terminate each and wait for it, which takes seconds where a process doesn't listen: ours are killed
+        before.
+        """
+        for task_id in self._registered:
+            for process in process_registry.list_sessions(task_id=task_id):
+                process_registry.poll(process["session_id"])
+            process_registry.kill_all(task_id=task_id)
+
+    @property
+    def home(self) -> str | None:
+        """The home of the task's shell, where that is a folder of this machine and not the user's own."""
+        return self._folders.variables.get("HOME") if self._local is not None else None
+
+    def as_told(self, prompt: str) -> str:
+        """A system prompt without what differs from rollout to rollout: servers keep the prefix that prompts share.
+
+        Hermes names the trainer's home, the sandbox's path and its own private home. ``~``, ``~/workspace`` and
+        ``~/tmp`` are what the task's shell and Hermes' file tools take for the task's folders, in every rollout.
+        """
+        if self.home is None:
+            return prompt
+        told = {self.home: "~", f"User home directory: {os.path.expanduser('~')}\n": "User home directory: ~\n"}
+        profile = active_profile()
+        if profile is not None:  # from 0.21, Hermes' home has a folder for temporary files, said to be TMPDIR
+            told |= {f"{profile}/cache/scratch": "~/tmp", str(profile): "~/.hermes"}
+        for path, name in told.items():
+            prompt = prompt.replace(path, name)
+        return prompt
 
     @property
     def steps_out(self) -> bool:
@@ -257,7 +180,7 @@ class HermesSandbox(Sandbox):
         self._check_open()
         if self._local is not None:
             return self._local
-        get_active_env = seams.release().lifecycle().get_active_env
+        get_active_env = release().lifecycle().get_active_env
         found = get_active_env(self.hermes_id)
         if found is None:
             answer = json.loads(terminal_tool.terminal_tool(command="true", task_id=self.hermes_id, force=True))
@@ -274,31 +197,71 @@ class HermesSandbox(Sandbox):
         result = self.environment().execute(command, timeout=timeout)
         return CommandResult(result["output"], int(result["returncode"] or 0))
 
-    def read_bytes(self, path: str) -> bytes:
+    def verify(self, check: Check) -> CommandResult:
+        self._check_open()
         if self._local is not None:
-            return (self.workspace / path).read_bytes()
-        result = self.run(f"cd {shlex.quote(str(self.workspace))} && base64 < {shlex.quote(path)}")
+            mark = f"{self._folders.variables[MARKER]}.{uuid.uuid4().hex[:8]}"
+            return run_here(check, path=os.environ.get("PATH", os.defpath), mark=mark, stopped=is_interrupted)
+        if check.files is not None or check.workspace != self.workspace:
+            raise SandboxError(
+                f"Hermes' backend {backend()!r} has no check() with files or copies of its own: use task.terminal()"
+            )
+        return self._verify_apart(check)
+
+    def _verify_apart(self, check: Check) -> CommandResult:
+        """Run a check's program among the task's processes, apart from the model's shell."""
+        exports = "".join(f"export {shlex.quote(f'{name}={value}')}; " for name, value in check.env.items())
+        return self.run(self._apart(f"{exports}exec {shlex.join(check.command)}"), timeout=check.timeout)
+
+    def _apart(self, script: str) -> str:
+        """A command for the model's shell that runs ``script`` in the workspace, apart from that shell."""
+        return apart(f"cd {shlex.quote(self.inside)} && {{ {script}\n}}")
+
+    def stop_processes(self) -> None:
+        self._check_open()
+        if self._local is not None:
+            self._folders.kill_processes()
+        self._tell_hermes_of_the_end()
+
+    def read_bytes(self, path: str, limit_bytes: int = files.LIMIT_BYTES) -> bytes:
+        if self._local is not None:
+            self._check_open()
+            return files.read_bytes(self.workspace, path, limit_bytes)
+        quoted = shlex.quote(path)
+        read = f"test -f {quoted} && head -c {limit_bytes + 1} -- {quoted} | base64"
+        result = self.run(self._apart(read))
         if result.exit_code:
-            raise FileNotFoundError(f"{path}: {result.output.strip()}")
-        return base64.b64decode(result.output)
+            raise FileNotFoundError(f"{path}: {result.output.strip() or 'there is no such regular file'}")
+        content = base64.b64decode(result.output)
+        if len(content) > limit_bytes:
+            raise FileTooLargeError(f"{path!r} has more than limit_bytes={limit_bytes:,}")
+        return content
 
     def write_bytes(self, path: str, content: bytes) -> None:
         if self._local is not None:
-            target = self.workspace / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+            self._check_open()
+            files.write_bytes(self.workspace, path, content)
             return
         quoted = shlex.quote(path)
-        command = f'cd {shlex.quote(str(self.workspace))} && mkdir -p "$(dirname {quoted})" && base64 -d > {quoted}'
+        command = self._apart(f'mkdir -p "$(dirname {quoted})" && base64 -d > {quoted}')
         result = self.environment().execute(command, stdin_data=base64.b64encode(content).decode())
         if result["returncode"]:
             raise SandboxError(f"{path} could not be written: {result['output'].strip()}")
+
+    def keep(self, content: bytes) -> str:
+        """Write a long result among the temporary files, where the model can read it and no verifier trips over it."""
+        temporary, name = Path(self.environment().get_temp_dir()), f"results/{uuid.uuid4().hex[:12]}.txt"
+        if self._local is None:
+            self.write_bytes(f"{temporary}/{name}", content)
+        else:
+            files.write_bytes(temporary.parent, f"{temporary.name}/{name}", content)
+        return f"{temporary}/{name}"
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """For the length of the block, Hermes takes the workspace for the current folder on this thread."""
         self.register(self.hermes_id)
-        with seams.release().current_folder(self.workspace) if self._local else contextlib.nullcontext():
+        with release().current_folder(self.workspace) if self._local else contextlib.nullcontext():
             yield
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -313,6 +276,15 @@ class HermesSandbox(Sandbox):
                 set_interrupt(False)
 
         return await run_in_rollout_thread(body, stop=lambda: [set_interrupt(True, ident) for ident in thread])
+
+
+def apart(script: str) -> str:
+    """A command by which a bash runs ``script`` in another, without a variable, alias or function of its own.
+
+    A backslash keeps the first word from being an alias, ``exec -c`` clears the environment before anything is loaded.
+    """
+    fresh = f'export PATH={REMOTE_PATH} HOME="$(mktemp -d)" LANG=C.UTF-8 TERM=dumb\n{script}'
+    return f"( \\builtin exec -c /bin/bash --noprofile --norc -c {shlex.quote(fresh)} )"
 
 
 def backend() -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import random
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hermes_atropos.errors import SandboxError, ToolDefinitionError, UnknownToolsetError
-from hermes_atropos.hermes import seams
+from hermes_atropos.hermes.releases import release
 from hermes_atropos.hermes.versions import check_versions
 from hermes_atropos.runtime import run_in_rollout_thread, run_to_end
+from hermes_atropos.sandbox.wall import WallArguments
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.toolcalls.schema import nearest
 from hermes_atropos.tools import Tool, ToolRegistry, ToolTask
@@ -133,7 +133,7 @@ class HermesTools(ToolRegistry):
     def _call_hermes(self, name: str, arguments: dict[str, Any], task_id: str | None) -> Any:
         from model_tools import handle_function_call
 
-        seams.release().nobody_waits()
+        release().nobody_waits()
         return handle_function_call(name, arguments, task_id=task_id, enabled_tools=list(self._tools))
 
     def _todo(self, arguments: dict[str, Any], task_id: str | None) -> Any:
@@ -143,13 +143,16 @@ class HermesTools(ToolRegistry):
         store = self._todos.setdefault(task_id or "", TodoStore())
         return todo_tool(arguments.get("todos"), arguments.get("merge", False), store)
 
-    async def _open(self, task: ToolTask, workspace: str | Path | None, copy: bool) -> None:
-        from hermes_atropos.hermes.terminal import HermesSandbox
+    async def _open(
+        self, task: ToolTask, workspace: str | Path | None, copy: bool, sandbox: str, wall: WallArguments
+    ) -> None:
+        from hermes_atropos.hermes.walled import open_sandbox
 
-        def open_sandbox() -> None:  # on its thread to the end, whoever still waits: so the task always knows of it
-            task.sandbox = HermesSandbox(task.task_id, workspace, copy=copy)
+        def open_() -> None:  # on its thread to the end, whoever still waits: so the task always knows of it
+            tools = list(self._tools)
+            task.sandbox = open_sandbox(task.task_id, workspace, copy=copy, tools=tools, sandbox=sandbox, **wall)
 
-        await run_in_rollout_thread(open_sandbox, stop=lambda: None)
+        await run_in_rollout_thread(open_, stop=lambda: None)
 
     async def _close(self, task: ToolTask) -> None:
         if task.sandbox is not None:
@@ -183,20 +186,13 @@ class HermesTools(ToolRegistry):
         return result
 
     async def _keep(self, result: ToolResult, task_id: str | None) -> str:
-        """Among the sandbox's temporary files, where the model can read it and the verifier doesn't trip over it."""
         sandbox = cast("HermesSandbox", self._tasks[task_id or ""].require_sandbox())
-
-        def keep() -> str:
-            path = f"{sandbox.environment().get_temp_dir()}/results/{uuid.uuid4().hex[:12]}.txt"
-            sandbox.write_bytes(path, result.content.encode(errors="surrogatepass"))
-            return path
-
-        return await sandbox.call(keep)
+        return await sandbox.call(lambda: sandbox.keep(result.content.encode(errors="surrogatepass")))
 
 
 def _usable(toolsets: Sequence[str], disabled: Sequence[str] = ()) -> list[dict[str, Any]]:
     """What Hermes can run of these toolsets here, without what has no place in a rollout."""
-    found = seams.release().definitions(toolsets, disabled)
+    found = release().definitions(toolsets, disabled)
     return [definition for definition in found if definition["function"]["name"] not in HERMES_REFUSED]
 
 

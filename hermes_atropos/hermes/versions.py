@@ -1,9 +1,14 @@
-"""Which releases of hermes-agent and atroposlib are installed, and whether this library was tried with them."""
+"""Which releases of hermes-agent and atroposlib are installed, and whether this library was tried with them.
+
+Also the import of Hermes, which is to change nothing.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import os
 import tomllib
 import warnings
 from importlib import metadata
@@ -14,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 
 from hermes_atropos.errors import UnsupportedVersionError
 
-__all__ = ["SUPPORTED", "check_versions", "hermes_version"]
+__all__ = ["SUPPORTED", "check_versions", "hermes_version", "import_hermes"]
 
 #: Distribution name → the releases that ``compat/check.py`` proves. Before 0.4, atroposlib's servers take no token ids.
 SUPPORTED = {"hermes-agent": ">=0.13,<0.23", "atroposlib": ">=0.4,<0.5"}
@@ -55,6 +60,28 @@ def check_versions() -> None:
         raise UnsupportedVersionError(
             f"atroposlib {atroposlib} is installed, but hermes_atropos works with {SUPPORTED['atroposlib']}: {remedy}"
         )
+
+
+#: What the import of Hermes changes in the process's environment, or acts on.
+TOUCHED = ("HERMES_DISABLE_LAZY_INSTALLS", "TMPDIR", "TEMP", "TMP")
+
+
+def import_hermes() -> None:
+    """Import ``run_agent``, and leave the process's temporary folder and its packages as they are.
+
+    From 0.21 the import points ``TMPDIR`` into Hermes' home, which Hermes prunes. From 0.22, in a checkout, it may
+    bring the installed packages up to date and start the process anew, unless lazy installs are off.
+    """
+    before = {name: os.environ.get(name) for name in TOUCHED}
+    os.environ.setdefault("HERMES_DISABLE_LAZY_INSTALLS", "1")
+    try:
+        importlib.import_module("run_agent")
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @functools.cache

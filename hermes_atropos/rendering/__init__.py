@@ -32,7 +32,8 @@ def renderer_for(tokenizer: Any, *, tool_format: str = "auto", **options: Any) -
 
     Raises:
         NoTokenizerError: ``tokenizer`` is None or has no such methods.
-        ChatTemplateError: it has no chat template, or one that can't render a conversation.
+        ChatTemplateError: it has no chat template, or one that can't render a conversation, or writes tool calls in a
+            format that is not read.
         ConfigurationError: there is no such tool format.
     """
     if tokenizer is None or not all(hasattr(tokenizer, name) for name in ("apply_chat_template", "encode", "decode")):
@@ -55,7 +56,7 @@ def _make(tokenizer: Any, tool_format: str, options: dict[str, Any]) -> Renderer
     template = None
     if getattr(tokenizer, "chat_template", None):
         template = TemplateRenderer(tokenizer, tool_format=tool_format, options=options)
-    if template is None or template.tool_format == template.written_format:
+    if template is None or tool_format == "auto":
         library = library_renderer(tokenizer, template, options)
         if library is not None:
             return library

@@ -18,6 +18,7 @@ from hermes_atropos.rendering.dialect import (
     USER,
     ChatTemplate,
     probe_result,
+    with_named_ids,
 )
 from hermes_atropos.rendering.encoder import ChunkEncoder
 from hermes_atropos.rendering.layout import (
@@ -87,7 +88,7 @@ class TemplateRenderer(Renderer):
         options: further arguments of the template, such as ``{"enable_thinking": False}``.
 
     Raises:
-        ChatTemplateError: the template can't render a user's message.
+        ChatTemplateError: the template can't render a user's message, or writes calls in a format that is not read.
     """
 
     def __init__(self, tokenizer: Any, *, tool_format: str = "auto", options: Mapping[str, Any] | None = None) -> None:
@@ -102,14 +103,17 @@ class TemplateRenderer(Renderer):
         for with_tools in (False, True):
             try:
                 self._layouts[with_tools] = Layout(template, special, eos, with_tools=with_tools)
-            except ChatTemplateError:  # a template for conversations with tools alone
+            except ChatTemplateError as error:  # a template for conversations with tools alone
                 if with_tools and not self._layouts:
-                    raise
+                    raise ChatTemplateError(
+                        f"{error}: if it needs an argument, pass that in chat_template_kwargs=; else set "
+                        "tokenizer.chat_template to one that renders a conversation"
+                    ) from error
         self._check_ids()
         self._verdicts: dict[Shape, Verdict] = {}
-        #: The format in which the template writes calls.
-        self.written_format = self._layout(True).call_format()
-        self.tool_format = self.written_format if tool_format == "auto" else format_named(tool_format).name
+        layout = self._layout(True)
+        self.tool_format = layout.call_format() if tool_format == "auto" else format_named(tool_format).name
+        self.reasoning_tags = layout.reasoning_tags
         ids = self.encode.special
         stops = {name for layout in self._layouts.values() for name in layout.stops} | ids.keys() & set(OTHER_ENDS)
         self.stop_token_ids = frozenset(ids[name] for name in {*stops, eos} if name in ids)
@@ -123,7 +127,9 @@ class TemplateRenderer(Renderer):
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None
     ) -> tuple[list[dict[str, Any]], Sequence[Tool] | None]:
         """Messages and tools in the template's own terms: what ``render`` hands to ``apply_chat_template``."""
-        return self._layout(tools).dialect.prepare(messages, tools)
+        dialect = self._layout(tools).dialect
+        plain, tools = dialect.prepare(messages, tools)
+        return (with_named_ids(plain) if dialect.named_ids else plain), tools
 
     def bridge(
         self,
@@ -184,7 +190,7 @@ class TemplateRenderer(Renderer):
             tools=bool(tools),
             system=system,
             after_tools=after_tools,
-            thought=prompt.rstrip().endswith(layout.reasoning_opening) or layout.shows_reasoning(self.decode(turn_ids)),
+            thought=prompt.rstrip().endswith(layout.reasoning_tags[0]) or layout.shows_reasoning(self.decode(turn_ids)),
             calls=bool(history[-1].get("tool_calls")) or "tool" in roles,
             roles=roles,
         )

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hermes_atropos.errors import ChatTemplateError
-from hermes_atropos.messages import Message, Tool, call_function, text_of, tool_call_block
+from hermes_atropos.messages import SAMPLED_KEY, Message, Tool, call_function, text_of, tool_call_block
 from hermes_atropos.rendering.tokenizers import template_text
 from hermes_atropos.toolcalls import tool_response, tools_prompt
 
-__all__ = ["ChatTemplate", "Dialect"]
+__all__ = ["ChatTemplate", "Dialect", "with_named_ids"]
 
 PROBE_NAME = "atropos_probe_tool"
 PROBE_TOOL: Tool = {
@@ -45,6 +45,11 @@ def probe_call(value: str, *, arguments: Any = None, call_id: str = PROBE_ID, **
 def probe_result(content: str, *, call_id: str = PROBE_ID) -> dict[str, Any]:
     """What answers ``probe_call``."""
     return {"role": "tool", "tool_call_id": call_id, "name": PROBE_NAME, "content": content}
+
+
+def think(thought: str, answer: str) -> str:
+    """An answer after reasoning, for templates that have no place for that."""
+    return f"<think>\n{thought}\n</think>\n\n{answer}"
 
 
 class ChatTemplate:
@@ -102,6 +107,9 @@ class Dialect:
         parts: contents may be lists of parts; else those that hold only text are joined.
         repeated_user: it takes a user message after another; else they are merged.
         user_after_tool: it takes a user message after a result; else that text joins the result.
+        stray_results: it takes the result of a call that stands as text in an answer; else a user says it.
+        named_ids: it writes the id of a call in place of the name (Kimi): the id has to hold that.
+        thinks_in_content: it writes reasoning that stands between ``<think>`` tags in the content.
     """
 
     tools: bool
@@ -120,18 +128,23 @@ class Dialect:
     parts: bool
     repeated_user: bool
     user_after_tool: bool
+    stray_results: bool = True
+    named_ids: bool = False
+    thinks_in_content: bool = False
 
     @classmethod
     def learn(cls, template: ChatTemplate, *, with_tools: bool) -> Dialect:
         """Probe a template, with tools or without (some tokenizers have another template where there are tools).
 
         Raises:
-            ChatTemplateError: it does not even write what a user says.
+            ChatTemplateError: it does not even write what a user says, before an answer or behind one.
         """
         describes = with_tools and template.shows([USER], PROBE_NAME, tools=[PROBE_TOOL])
         tools = [PROBE_TOOL] if describes else None
         if str(USER["content"]) not in template([USER], tools):
             raise ChatTemplateError("The chat template leaves out what the user says: is it the model's own?")
+        answer = {"role": "assistant", "content": "probe-answer"}
+        template([USER, answer, LATER_USER], tools)
 
         def shows(messages: Sequence[Message], *texts: str) -> bool:
             return template.shows(messages, *texts, tools=tools)
@@ -161,8 +174,11 @@ class Dialect:
             other = json.loads(json.dumps(call()).replace("probe-value", "probe-second").replace(PROBE_ID, "probe0002"))
             return {**call(), "tool_calls": [*call()["tool_calls"], *other["tool_calls"]]}
 
+        def renamed() -> dict[str, Any]:
+            made: dict[str, Any] = json.loads(json.dumps(call()).replace(PROBE_NAME, "probe-other-name"))
+            return made
+
         result, long_id = probe_result("probe-result"), f"call_{PROBE_ID:0>24}"
-        answer = {"role": "assistant", "content": "probe-answer"}
         reasoning = next(
             (
                 key
@@ -192,6 +208,10 @@ class Dialect:
             and not shows([{"role": "user", "content": [{"type": "text", "text": "probe-part"}]}], "'probe-part'"),
             repeated_user=shows([USER, LATER_USER]),
             user_after_tool=shows([USER, call(), result, LATER_USER]),
+            stray_results=shows([USER, answer, result, answer, LATER_USER], "probe-result"),
+            named_ids=calls and not shows([USER, renamed()], "probe-other-name"),
+            thinks_in_content=not reasoning
+            and shows([USER, {**answer, "content": think("probe-thought", "probe-answer")}], "probe-thought"),
         )
 
     def prepare(
@@ -201,6 +221,8 @@ class Dialect:
 
         Keys that no template reads are left out.
         """
+        if self.tool and not self.stray_results:
+            messages = _stray_results_as_users(messages)
         plain = [self._plain(message) for message in messages]
         if tools and not self.tools:
             plain = _with_system(plain, tools_prompt(tools))
@@ -248,9 +270,17 @@ class Dialect:
                 for call_id, call in zip(ids, calls, strict=True)
             ]
         elif calls:
-            blocks = [tool_call_block(call.get("name"), call.get("arguments")) for call in calls]
+            blocks = [
+                call[SAMPLED_KEY]
+                if SAMPLED_KEY in call
+                else tool_call_block(function.get("name"), function.get("arguments"))
+                for call, function in zip(message["tool_calls"], calls, strict=True)
+            ]
+            blocks = [block for block in blocks if block]
             plain["content"] = "\n".join([content, *blocks] if content else blocks)
         reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
+        if reasoning and self.thinks_in_content:
+            plain["content"] = think(reasoning, plain["content"] or "")
         if reasoning and self.reasoning:
             plain[self.reasoning] = reasoning
             if content and "tool_calls" in plain and not self.reasoned_calls:
@@ -259,7 +289,7 @@ class Dialect:
         return plain
 
     def _arguments(self, arguments: Any) -> Any:
-        if isinstance(arguments, str) and not self.text_arguments:
+        if isinstance(arguments, str) and self.object_arguments:
             try:
                 parsed = json.loads(arguments)
             except ValueError:
@@ -313,6 +343,37 @@ def _results_as_users(messages: list[dict[str, Any]], names: Mapping[str, Any]) 
             users.append(message)
         previous = message["role"]
     return users
+
+
+def with_named_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ids that hold the function's name, for the calls whose ids do not, and for their results."""
+    named: dict[str, str] = {}
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    for number, call in enumerate(calls):
+        name, call_id = str(call["function"]["name"]), call.get("id", "")
+        if name not in call_id:
+            named[call_id] = f"functions.{name}:{number}"
+    renamed = []
+    for message in messages:
+        if "tool_calls" in message:
+            calls = [{**call, "id": named.get(call.get("id", ""), call.get("id"))} for call in message["tool_calls"]]
+            message = {**message, "tool_calls": calls}
+        elif message.get("tool_call_id") in named:
+            message = {**message, "tool_call_id": named[message["tool_call_id"]]}
+        renamed.append(message)
+    return renamed
+
+
+def _stray_results_as_users(messages: Sequence[Message]) -> list[Message]:
+    """What answers an answer without calls (those that it has are malformed, and text) is said by the user."""
+    told: list[Message] = []
+    calls: Any = None
+    for message in messages:
+        if message["role"] != "tool":
+            calls = message.get("tool_calls") or () if message["role"] == "assistant" else None
+        stray = message["role"] == "tool" and calls == ()
+        told.append({"role": "user", "content": message["content"]} if stray else message)
+    return told
 
 
 def _one_call_each(messages: list[dict[str, Any]], blank: str | None) -> list[dict[str, Any]]:

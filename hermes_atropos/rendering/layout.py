@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,8 +20,10 @@ from hermes_atropos.rendering.dialect import (
     ChatTemplate,
     Dialect,
     probe_result,
+    think,
 )
-from hermes_atropos.toolcalls.formats import format_of
+from hermes_atropos.toolcalls import ParsedText
+from hermes_atropos.toolcalls.formats import FORMATS, REASONING_TAGS, format_marked, format_reading
 
 __all__ = ["Layout", "TurnEnd", "Unproven"]
 
@@ -68,7 +72,8 @@ class Layout:
         dialect: what it takes.
         ends: how it ends a turn without calls (False) and with calls (True), where that can be made out.
         stops: the special tokens that a model ends its turns with.
-        reasoning_opening: what the template writes before reasoning; ``<think>`` where it writes none.
+        reasoning_tags: what the template writes before reasoning and after it; ``<think>`` and ``</think>`` where it
+            writes none.
     """
 
     def __init__(self, template: ChatTemplate, special: re.Pattern[str], eos: str | None, *, with_tools: bool) -> None:
@@ -78,7 +83,7 @@ class Layout:
         self._special = special
         self._eos = eos
         self._prompts: dict[tuple[bool, bool], str] = {}
-        self.reasoning_opening = self._find_reasoning_opening()
+        self.reasoning_tags = self._find_reasoning_tags()
         self.ends: dict[bool, TurnEnd] = {}
         self.stops: set[str] = set()
         for calls in (False, True):
@@ -94,7 +99,7 @@ class Layout:
 
     def shows_reasoning(self, text: str) -> bool:
         """Whether a sampled turn holds reasoning."""
-        return self.reasoning_opening in text or "</think>" in text
+        return any(tag in text for tag in self.reasoning_tags)
 
     def context(self, *, system: bool, after_tools: bool) -> list[Message]:
         """The shortest conversation that a turn can follow."""
@@ -131,7 +136,7 @@ class Layout:
         if thought is not None and self.dialect.reasoning:
             message[self.dialect.reasoning] = thought
         elif thought is not None and not (calls and not self.dialect.answered_calls):
-            message["content"] = f"<think>\n{thought}\n</think>\n\n{message['content']}"
+            message["content"] = think(thought, message["content"])
         return message
 
     def tail(self, context: Sequence[Message], prompt: str, turn: Message, new_messages: Sequence[Message]) -> str:
@@ -155,14 +160,51 @@ class Layout:
         return rest[place:]
 
     def call_format(self) -> str:
-        """The format in which the template writes calls; ``hermes`` where that can't be made out."""
-        context = self.context(system=False, after_tools=False)
-        try:
-            text = self.text([*context, self.turn([PROBE_CALL], thought=None)], open_turn=False)
-        except ChatTemplateError:
+        """The format in which calls are written.
+
+        It is the one that reads what the template writes for a call; where that writes none, the one whose mark stands
+        in what it says of the tools, or among the special tokens; where it does not even speak of tools, the one that
+        our own prompt teaches.
+
+        Raises:
+            ChatTemplateError: no format reads it.
+        """
+        if not self.dialect.tools:
             return "hermes"
-        format = format_of(text[len(self.text(context, open_turn=False)) :])
-        return format.name if format else "hermes"
+        if self.dialect.calls:
+            written = self._written_calls()
+            said = written[0]
+            read = (
+                format_reading(text, functools.partial(_is_probe_call, text), self._tools, self.reasoning_tags)
+                for text in written
+            )
+            format = next(filter(None, read), None)
+        else:
+            said = self.text([USER])
+            format = format_marked(said) or format_marked(self._special.pattern.replace("\\", ""))
+        if format is None:
+            what = "writes a tool call as" if self.dialect.calls else "does not write tool calls, and says of tools"
+            raise ChatTemplateError(
+                f"The chat template {what} {said[-300:]!r}, which is none of the formats that are read: pass "
+                f"tool_format=, one of {', '.join(sorted(FORMATS))}, if the model writes that, or add its format with "
+                "hermes_atropos.toolcalls.formats.register"
+            )
+        return format.name
+
+    def _written_calls(self) -> list[str]:
+        """What the template writes of a turn that calls the probe's tool, as a model would sample it.
+
+        Where it can't be made out what ends that turn, there is more than one possibility.
+        """
+        context = self.context(system=False, after_tools=False)
+        text = self.text([*context, self.turn([PROBE_CALL], thought=None)], open_turn=False)
+        said = text[_same_until(text, self.text(context)) :]
+        head, answer, rest = said.partition(ANSWER)
+        end = self.ends.get(True)
+        if end is not None and (place := end.find(rest, self.dialect.call_id(PROBE_ID))) is not None:
+            return [head + answer + rest[:place]]
+        places = [len(rest), *(tag.start() for tag in reversed(list(re.finditer(r"[<\[]", rest))))]
+        return [(head + answer + rest[:place]).rstrip() for place in places]
 
     def _find_end(self, calls: bool) -> None:
         """Compare a conversation that a turn ends with one that goes on after it."""
@@ -201,21 +243,67 @@ class Layout:
             inner.update(self._special.findall(text.partition(THOUGHT)[2].partition(ANSWER)[0]))
         return inner
 
-    def _find_reasoning_opening(self) -> str:
+    def _find_reasoning_tags(self) -> tuple[str, str]:
         if not self.dialect.reasoning:
-            return "<think>"
+            return REASONING_TAGS
         context = self.context(system=False, after_tools=False)
         answer, call = self.turn([], thought=THOUGHT), self.turn([PROBE_CALL], thought=THOUGHT)
-        for messages, open_turn in ([answer], True), ([answer], False), ([call, probe_result(EARLIER)], True):
+        heads: list[str] = []
+        closings: dict[int, str] = {}
+        for number, (messages, open_turn) in enumerate(
+            [([answer], True), ([answer], False), ([call, probe_result(EARLIER)], True)]
+        ):
             try:
-                head, found, _ = self.text([*context, *messages], open_turn=open_turn).partition(THOUGHT)
+                head, found, rest = self.text([*context, *messages], open_turn=open_turn).partition(THOUGHT)
             except ChatTemplateError:
                 continue
             if found:
-                opened = self.text(context)
-                same = next((at for at, (a, b) in enumerate(zip(head, opened, strict=False)) if a != b), len(opened))
-                return head[same:].strip() or "<think>"
-        return "<think>"
+                heads.append(head)
+                closings[number // 2] = rest.partition(ANSWER)[0]
+        if len(closings) == 2:  # what follows reasoning, whether that is an answer or a call
+            closing = closings[0][: _same_until(*closings.values())].strip()
+        else:
+            [closing] = closings.values() or [""]
+            first = FIRST_TAG.match(closing)
+            closing = (first[0] if first else closing).strip()
+        openings = (self._opening_at_the_end(head, closing) for head in heads)
+        return (next(filter(None, openings), REASONING_TAGS[0]), closing or REASONING_TAGS[1])
+
+    def _opening_at_the_end(self, head: str, closing: str) -> str:
+        """What opens reasoning, from a text up to it; empty where that can't be told."""
+        context = self.context(system=False, after_tools=False)
+        opened = self.text(context)
+        own = head[_same_until(head, opened) :].strip()
+        rest = opened.removeprefix(head.rstrip()).strip()
+        if own or (rest and not rest.startswith(closing)):
+            return own
+        # The prompt opens it: by the last tag, unless an answer without reasoning has that too.
+        line = head.rstrip().rpartition("\n")[2]
+        tag = line[max(line.rfind("<"), 0) :].strip()
+        try:
+            answer = self.text([*context, self.turn([], thought=None), LATER_USER], open_turn=False)
+        except ChatTemplateError:
+            return ""
+        return "" if tag in answer[len(self.text(context, open_turn=False)) :] else tag
+
+
+FIRST_TAG = re.compile(r"\s*(?:<[^<>]*>|\[[^\[\]]*\])")
+
+
+def _same_until(text: str, other: str) -> int:
+    """How many characters the two begin with together, up to a tag that is not the same."""
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+    tag = text.rfind("<", 0, same)
+    return tag if tag > text.rfind(">", 0, same) else same
+
+
+def _is_probe_call(said: str, parsed: ParsedText) -> bool:
+    """Whether a text was read as the probe's call, wholly; some templates write an id in place of the name."""
+    if len(parsed.calls) != 1 or parsed.content is not None:
+        return False
+    [call] = parsed.calls
+    named = call.name == PROBE_NAME or PROBE_NAME not in said
+    return call.ok and named and call.arguments == {"value": ANSWER}
 
 
 def _without_space(text: str) -> str:

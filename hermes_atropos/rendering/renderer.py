@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 from hermes_atropos.messages import Message, Tool
-from hermes_atropos.rendering.tokenizers import decode
+from hermes_atropos.rendering.tokenizers import Vocabulary, decode
 from hermes_atropos.toolcalls import ParsedText, parse_text
+from hermes_atropos.toolcalls.formats import REASONING_TAGS
 
 __all__ = ["Renderer"]
 
@@ -23,11 +25,13 @@ class Renderer(ABC):
         tokenizer: the model's.
         tool_format: the format in which its answers are read: the name of one of ``toolcalls.FORMATS``.
         stop_token_ids: ids that end an assistant's turn.
+        reasoning_tags: what opens reasoning and what closes it.
     """
 
     tokenizer: Any
     tool_format: str
     stop_token_ids: frozenset[int]
+    reasoning_tags: tuple[str, str] = REASONING_TAGS
 
     @abstractmethod
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
@@ -92,13 +96,19 @@ class Renderer(ABC):
         return parse_text(
             self.decode(output_ids[:end]),
             format=self.tool_format,
-            thinking_open=prompt.rstrip().endswith("<think>"),
+            thinking_open=prompt.rstrip().endswith(self.reasoning_tags[0]),
             tools=tools,
+            reasoning_tags=self.reasoning_tags,
         )
 
     def opening(self, tools: Sequence[Tool] | None) -> str:
         """What the template writes before an answer to a user message; empty where that is unknown."""
         return ""
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What each token says."""
+        return Vocabulary(self.tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""

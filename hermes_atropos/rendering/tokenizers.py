@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -9,7 +10,7 @@ from weakref import WeakKeyDictionary
 from hermes_atropos.errors import ChatTemplateError, NoTokenizerError
 from hermes_atropos.messages import TURN_KEY, Message, Tool
 
-__all__ = ["decode", "load_tokenizer", "own_tokenizer", "template_text", "vocab_size"]
+__all__ = ["Vocabulary", "decode", "load_tokenizer", "own_tokenizer", "template_text", "vocab_size"]
 
 #: From so many characters or tokens on, the batch methods of the tokenizers library are used: they give up the
 #: interpreter lock, which for a shorter text takes longer to get back than the work takes.
@@ -78,6 +79,45 @@ def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = Fa
     if len(ids) < LONG:
         return str(backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
     return str(backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)[0])
+
+
+class Vocabulary(dict[int, str | bytes]):
+    """What each token of a tokenizer says: its text, or its bytes where it is a part of a character.
+
+    An entry is made when it is first looked up.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str | bytes:
+        alone = decode(self._tokenizer, [token])
+        if "\ufffd" in alone:
+            self[token] = _bytes_of(self._tokenizer, token) or alone
+        else:
+            # Behind another token, because some decoders drop a space at the start of a text.
+            self[token] = decode(self._tokenizer, [token, token])[len(alone) :]
+        return self[token]
+
+
+#: How byte-level BPE writes bytes as characters (``bytes_to_unicode`` of OpenAI's GPT-2): printable ones stand for
+#: themselves, the others for those from 256 on.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(sorted({*range(256)} - {*_PRINTABLE}))
+}
+
+
+def _bytes_of(tokenizer: Any, token: int) -> bytes | None:
+    """The bytes of a token that is no text on its own; None where the tokenizer writes it in no known way."""
+    named = getattr(tokenizer, "convert_ids_to_tokens", None)
+    written = named(token) if named else None
+    if not isinstance(written, str):
+        return None
+    if byte := re.fullmatch("<0x([0-9A-F]{2})>", written):  # SentencePiece's fallback
+        return bytes.fromhex(byte[1])
+    return bytes(map(_BYTES.__getitem__, written)) if _BYTES.keys() >= set(written) else None
 
 
 def template_text(

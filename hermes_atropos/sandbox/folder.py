@@ -1,21 +1,23 @@
-"""The folders of a task: its workspace, and a home and temporary files of its own."""
+"""A task in folders of this machine: its workspace, a home and temporary files of its own, and its shells."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import tempfile
+import signal
+import subprocess
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from hermes_atropos.errors import SandboxError, WorkspaceError
+from hermes_atropos.sandbox.files import hidden_folder, remove_folder
 from hermes_atropos.sandbox.processes import MARKER, kill_processes
+from hermes_atropos.sandbox.shell import COMMAND, SCRIPTS, Launcher
 
-__all__ = ["Folders"]
+__all__ = ["FolderLauncher", "Folders"]
 
 _open_tasks: set[str] = set()
 _in_use: dict[Path, str] = {}
@@ -51,10 +53,12 @@ class Folders:
         self.root: Path | None = None
         try:
             if private:
-                self.root = Path(tempfile.mkdtemp(prefix="hermes-atropos-")).resolve()
-                for variable, name in (("HOME", "home"), ("TMPDIR", "tmp")):
-                    (self.root / name).mkdir()
-                    self.variables[variable] = str(self.root / name)
+                self.root = hidden_folder()
+                # All within the home, so that each has a path without the name of the root: ~/workspace, ~/tmp.
+                home = self.root / "home"
+                for variable, folder in (("HOME", home), ("TMPDIR", home / "tmp")):
+                    folder.mkdir()
+                    self.variables[variable] = str(folder)
             self.workspace = self._make_workspace(source, copy)
         except BaseException:
             self.remove()
@@ -65,7 +69,7 @@ class Folders:
             return source or Path.cwd()
         if source is not None and not copy:
             return source
-        workspace = self.root / "workspace"
+        workspace = self.root / "home" / "workspace"
         if source is None:
             workspace.mkdir()
         else:
@@ -83,7 +87,53 @@ class Folders:
             if self._claimed is not None:
                 _in_use.pop(self._claimed, None)
         if self.root is not None:
-            shutil.rmtree(self.root, onerror=make_writable_and_retry)
+            remove_folder(self.root.parent)
+
+
+class FolderLauncher(Launcher):
+    """Starts shells as processes of this machine.
+
+    Args:
+        channel: a folder for the pipes.
+        bash: the program.
+        environ: makes a shell's environment.
+    """
+
+    def __init__(self, channel: Path, bash: str, environ: Callable[[], Mapping[str, str]]) -> None:
+        self.channel = channel
+        self.channel_inside = str(channel)
+        self._command = [bash, *COMMAND, str(channel)]
+        self._environ = environ
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str) -> None:
+        self._started = [shell for shell in self._started if shell.poll() is None]
+        with (
+            open(self.channel / f"{name}.requests", "rb", buffering=0) as requests,
+            open(self.channel / f"{name}.replies", "wb", buffering=0) as replies,
+        ):
+            shell = subprocess.Popen(
+                self._command,
+                stdin=requests,
+                stdout=replies,
+                stderr=subprocess.DEVNULL,
+                env={**self._environ(), **SCRIPTS},
+                cwd="/",
+                start_new_session=True,
+            )
+        self._started.append(shell)
+
+    def kill(self, process: int, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if process < 0:
+                os.killpg(-process, number)
+            else:
+                os.kill(process, number)
+
+    def wait(self) -> None:
+        """Wait for the ends of the shells, which must have been killed."""
+        for shell in self._started:
+            shell.wait()
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
@@ -110,11 +160,3 @@ def claim(task_id: str, workspace: Path | None) -> None:
         _open_tasks.add(task_id)
         if workspace is not None:
             _in_use[workspace] = task_id
-
-
-def make_writable_and_retry(function: Callable[[str], Any], path: str, _error: Any) -> None:
-    """For ``shutil.rmtree``: a task may have left folders without write permission."""
-    with contextlib.suppress(OSError):
-        os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
-        function(path)

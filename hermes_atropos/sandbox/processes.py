@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import threading
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = ["MARKER", "kill_processes"]
 
-#: The variable that every process of a sandbox inherits. Its value is the sandbox's mark.
+#: The variable that every process of a sandbox inherits. Its value is the sandbox's mark; some have more behind a dot,
+#: by which they are told from the others.
 MARKER = "HERMES_ATROPOS_SANDBOX"
 
-#: Seconds that a process may take to load a program on a very busy machine.
-LOADING = 1.0
+MARK = re.compile(rf"{MARKER}=(([^\0.]*)[^\0]*)".encode())
+
+#: Seconds that a process may take to load a program, or to end, on a very busy machine.
+PATIENCE = 1.0
+
+
+@dataclass(eq=False)
+class Search:
+    """What one sandbox looks for: processes that carry ``mark`` or work in a folder under ``root``."""
+
+    mark: bytes
+    root: str | None
+    done: bool = False
+
+
+_searches: list[Search] = []
+_looking = threading.Lock()
 
 
 def kill_processes(mark: str, root: Path | None) -> None:
@@ -22,36 +42,102 @@ def kill_processes(mark: str, root: Path | None) -> None:
 
     Sessions and parents do not identify a sandbox's processes, because a process can leave both. The mark is
     inherited; a process that has cleared its environment is found by its working folder. A workspace that the user gave
-    is not under ``root``: the user's own shell may work there. A process that is loading a program shows no
-    environment yet: it is looked at again, for ``LOADING`` seconds at most.
+    is not under ``root``: the user's own shell may work there.
+
+    Every process of the machine has to be looked at, so one look serves all the sandboxes that wait for one.
     """
-    deadline = time.monotonic() + LOADING
-    marked, own = f"{MARKER}={mark}".encode(), str(os.getpid())
-    pids = running()
+    search = Search(mark.encode(), None if root is None else f"{root}/")
+    _searches.append(search)
+    while not search.done:
+        with _looking:
+            if not search.done:
+                look(list(_searches))
+
+
+def look(searches: list[Search]) -> None:
+    """Kill what is found. A search is done unless a process was found that began during the look."""
+    there = running()
+    kill(there, searches)
+    found = kill(running() - there, searches)
+    for search in searches:
+        if search not in found:
+            search.done = True
+            _searches.remove(search)
+
+
+def kill(pids: Collection[str], searches: list[Search]) -> set[Search]:
+    """Kill those of the processes that are searched for, and wait for their ends; for whom there was one.
+
+    A process that is loading a program shows no environment yet, so it is looked at again.
+    """
+    marks = {search.mark: search for search in searches}
+    roots = {search.root: search for search in searches if search.root is not None}
+    found: set[Search] = set()
+    killed: set[str] = set()
+    deadline = time.monotonic() + PATIENCE
     while pids:
-        killed, loading = False, []
+        again = []
         for pid in pids:
             with contextlib.suppress(OSError):  # it has ended meanwhile, or belongs to another user
-                with open(f"/proc/{pid}/environ", "rb", buffering=0) as environ:
-                    variables = environ.read()
-                within = root is not None and f"{os.readlink(f'/proc/{pid}/cwd')}/".startswith(f"{root}/")
-                if pid != own and (marked in variables or within):
-                    os.kill(int(pid), signal.SIGKILL)
-                    killed = True
-                elif not variables and not has_no_environment(pid):
-                    loading.append(pid)
-        pids = running() if killed else loading if time.monotonic() < deadline else []
+                if pid in killed:
+                    unsettled = is_ending(pid)
+                else:
+                    environment = contents(f"/proc/{pid}/environ")
+                    search = searched(pid, environment, marks, roots)
+                    if search is not None:
+                        os.kill(int(pid), signal.SIGKILL)
+                        killed.add(pid)
+                        found.add(search)
+                    unsettled = search is not None or (not environment and is_loading(pid))
+                if unsettled:
+                    again.append(pid)
+        pids = again if time.monotonic() < deadline else ()
+        if pids:
+            time.sleep(0.001)
+    return found
 
 
-def running() -> list[str]:
-    """The ids of all processes; none on a system without /proc."""
-    return [pid for pid in os.listdir("/proc") if pid.isdigit()] if os.path.isdir("/proc") else []
+def searched(pid: str, environment: bytes, marks: dict[bytes, Search], roots: dict[str, Search]) -> Search | None:
+    """Who searches for a process."""
+    for mark in MARK.finditer(environment):
+        search = marks.get(mark[1]) or marks.get(mark[2])
+        if search is not None:
+            return search
+    if roots:
+        folder = os.readlink(f"/proc/{pid}/cwd") + "/"
+        if folder.startswith(tuple(roots)):
+            return next(search for root, search in roots.items() if folder.startswith(root))
+    return None
 
 
-def has_no_environment(pid: str) -> bool:
-    """Whether a process has no environment for good, and is not just in the middle of ``execve``."""
-    with open(f"/proc/{pid}/stat", "rb", buffering=0) as stat:
-        fields = stat.read().rpartition(b")")[2].split()
-    memory, code, start, end = fields[20], fields[23], fields[47], fields[48]  # 23, 26, 50 and 51 in proc(5)
+def running() -> set[str]:
+    """The ids of all processes but this one; none on a system without /proc."""
+    if not os.path.isdir("/proc"):
+        return set()
+    return {pid for pid in os.listdir("/proc") if pid.isdigit()} - {str(os.getpid())}
+
+
+def is_loading(pid: str) -> bool:
+    """Whether a process without an environment is just in the middle of ``execve``."""
+    state = status(pid)
+    memory, code, start, end = state[20], state[23], state[47], state[48]  # 23, 26, 50 and 51 in proc(5)
     # The kernel sets the address of the code last, when the environment is already there.
-    return memory == b"0" or (code != b"0" and start == end)
+    return memory != b"0" and (code == b"0" or start != end)
+
+
+def is_ending(pid: str) -> bool:
+    """Whether a process that was killed can't be waited for yet by its parent."""
+    return status(pid)[0] not in (b"Z", b"X")
+
+
+def status(pid: str) -> list[bytes]:
+    """What proc(5) numbers from 3 on in ``/proc/PID/stat``."""
+    return contents(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+
+
+def contents(path: str) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(descriptor, 16384), b""))
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hermes_atropos.servers.http import Choice, TokenServer, register
+from hermes_atropos.servers.sampling import VLLM
 
 __all__ = ["AtroposVLLMServer"]
 
@@ -15,6 +16,8 @@ class AtroposVLLMServer(TokenServer):
 
     ``logprobs[choice][position]`` is ``[{id: logprob}]`` of the sampled token; newer versions echo the prompt.
     """
+
+    parameters = VLLM - {"structured_outputs"}  # it takes no object of vLLM's
 
     async def build_request(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         # max_tokens None is "as long as the context allows"; unset would be 16.

@@ -41,15 +41,41 @@ def response_error(url: str, status: int, body: str, headers: Mapping[str, str] 
 
     Its ``retry_after`` is what the ``Retry-After`` header asks for.
     """
-    kind: type[BackendError] = (
-        ContextLengthError if status in {400, 413, 422} and _OVERLONG.search(body) else BackendResponseError
-    )
+    kind: type[BackendError] = ContextLengthError if _says_overlong(status, body) else BackendResponseError
     return kind(
-        f"{url} answered {status}: {body.strip()[:500]}",
+        f"{url} answered {status}: {_words(body)[:500]}",
         url=url,
         status=status,
         body=body[:BODY_KEPT],
         retry_after=_retry_after((headers or {}).get("retry-after", "")),
+    )
+
+
+def _says_overlong(status: int, body: str) -> bool:
+    """Whether an error says that prompt and answer do not fit into the context: by its code or parameter, else by its
+    words."""
+    if status not in {400, 413, 422}:
+        return False
+    try:
+        error = json.loads(body)
+    except ValueError:
+        error = {}
+    error = error.get("error", error) if isinstance(error, Mapping) else {}
+    told = error if isinstance(error, Mapping) else {"message": error}
+    if told.get("code") == "context_length_exceeded" or told.get("param") in {"input_tokens", "input_text"}:
+        return True
+    message = str(told.get("message") or body)
+    # A request for no token at all is never sent, so it is what vLLM made of a prompt that fills the context.
+    return bool(_OVERLONG.search(message)) and not _TOO_MANY_ASKED.search(message)
+
+
+def _words(body: str) -> str:
+    """What a body says; of a page, as a gateway in front of the server sends, without its tags."""
+    body = body.strip()
+    return (
+        " ".join(re.sub(r"<(script|style)\b.*?</\1>|<[^>]+>", " ", body, flags=re.S).split())
+        if body[:1] == "<"
+        else body
     )
 
 
@@ -63,8 +89,14 @@ def _retry_after(header: str) -> float | None:
 
 # How OpenAI, vLLM and SGLang word a prompt that does not fit.
 _OVERLONG = re.compile(
-    r"context[ _]length|context window|max(?:imum)?[ _]model[ _]len|longer than the (?:maximum )?model", re.I
+    r"context[ _]length|context window|max(?:imum)?[ _]model[ _]len|longer than the (?:maximum )?model|"
+    r"exceeds the maximum allowed length|"
+    r"max_tokens must be at least 1, got 0",
+    re.I,
 )
+
+# How vLLM words a max_tokens that no prompt would leave room for.
+_TOO_MANY_ASKED = re.compile(r"max_\w*tokens=\d+ cannot be greater than", re.I)
 
 
 def typed(error: Exception, server: Any) -> HermesAtroposError:
@@ -94,6 +126,9 @@ def typed(error: Exception, server: Any) -> HermesAtroposError:
             return BackendConnectionError(f"no answer from {url}: {error or type(error).__name__}", url=url)
         case httpx.TransportError() | openai.APIConnectionError():
             return BackendConnectionError(f"no answer from {url}: {error.__cause__ or error}", url=url)
+    refused = getattr(error, "status_code", None)
+    if isinstance(refused, int) and refused >= 400:
+        return response_error(str(url), refused, str(error))
     return BackendError(f"the call of {type(server).__name__} failed: {type(error).__name__}: {error}", url=url)
 
 

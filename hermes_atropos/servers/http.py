@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import re
 from abc import abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -28,12 +29,15 @@ from hermes_atropos.errors import (
     BackendResponseError,
     BackendTimeoutError,
     ContextLengthError,
+    SamplingError,
     UnsupportedServerError,
 )
+from hermes_atropos.listening import hearing, token_listener
 from hermes_atropos.rendering.tokenizers import load_tokenizer
 from hermes_atropos.servers.failures import response_error, unexpected
+from hermes_atropos.servers.sampling import COMMON, NEUTRAL, take_grammar, unknown
 
-__all__ = ["PROTOCOLS", "Choice", "OpenAIEndpoint", "TokenServer", "register"]
+__all__ = ["PROTOCOLS", "Choice", "OpenAIEndpoint", "TokenServer", "register", "served"]
 
 # uvicorn, under vLLM and SGLang, drops an idle connection after 5 s: let go of it before it does.
 KEEPALIVE_S = 4.0
@@ -46,11 +50,12 @@ Choice = tuple[list[int], list[float], Any]
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """What belongs to one event loop: the client, what closes it, and a lock for what is asked only once."""
+    """What belongs to one event loop: the client, what closes it, and locks for what is asked only once."""
 
     client: httpx.AsyncClient
     lifetime: AsyncGenerator[httpx.AsyncClient, None]
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    probing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class OpenAIEndpoint(APIServer):
@@ -82,8 +87,26 @@ class OpenAIEndpoint(APIServer):
             return True
         return False
 
+    async def listed_context_length(self, *, timeout_s: float = 10) -> int | None:
+        """Tokens that prompt and answer may have together: vLLM and SGLang list it as ``max_model_len``.
+
+        Raises:
+            BackendConnectionError, BackendTimeoutError: nobody answers within ``timeout_s`` seconds.
+        """
+        with contextlib.suppress(BackendResponseError, AttributeError, KeyError, TypeError):
+            listed = await self.request("GET", f"{self.base_url}/models", timeout_s=timeout_s)
+            cards = {card["id"]: card for card in listed["data"]}
+            length: int | None = served(cards, self.config.model_name).get("max_model_len")
+            return length
+        return None
+
     async def _chat_completion_wrapper(self, **kwargs: Any) -> ChatCompletion:
         return await self._openai_call("chat/completions", ChatCompletion, kwargs)
+
+    async def stream_chat(self, request: Mapping[str, Any], heard: Callable[[Any], object]) -> None:
+        """A chat completion as a stream; ``heard`` gets its chunks. Raises as :meth:`stream`."""
+        body = {"model": self.config.model_name, **request}
+        await self.stream(f"{self.base_url}/chat/completions", body | body.pop("extra_body", {}), heard)
 
     async def _completion_wrapper(self, **kwargs: Any) -> Completion:
         return await self._openai_call("completions", Completion, kwargs)
@@ -130,6 +153,41 @@ class OpenAIEndpoint(APIServer):
         except ValueError as error:
             raise unexpected(url, response.text, "it is not JSON") from error
 
+    async def stream(self, url: str, body: Any, heard: Callable[[Any], object]) -> None:
+        """One HTTP request whose answer comes as server-sent events; ``heard`` gets the JSON of each as it comes.
+
+        A server that answers at once gives one.
+
+        Raises:
+            BackendError: as :meth:`request`, and where the stream breaks off or tells of an error.
+        """
+        connections, limit = await self._here(), self.config.timeout
+        try:
+            async with (
+                asyncio.timeout(limit),
+                connections.client.stream("POST", url, json={**body, "stream": True}) as response,
+            ):
+                if response.is_error:
+                    await response.aread()
+                    raise response_error(url, response.status_code, response.text, response.headers)
+                if "text/event-stream" not in response.headers.get("Content-Type", ""):
+                    heard(json.loads(await response.aread()))
+                    return
+                async for line in response.aiter_lines():
+                    _, event, data = line.partition("data:")
+                    if event and data.strip() == "[DONE]":
+                        return
+                    if event:
+                        heard(_event(url, data))
+        except TimeoutError as error:
+            raise BackendTimeoutError(f"{url} did not answer within {limit:g} s", url=url) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            cause = str(error) or type(error).__name__
+            raise BackendConnectionError(f"no answer from {url}: {cause}", url=url) from error
+        except ValueError as error:
+            raise unexpected(url, "", f"it is not JSON: {error}") from error
+        raise BackendConnectionError(f"{url} ended its answer before the end", url=url)
+
     async def _here(self) -> Connections:
         loop = asyncio.get_running_loop()
         if loop not in self._connections:
@@ -164,9 +222,16 @@ class TokenServer(OpenAIEndpoint):
     whether lengths, ids and logprobs fit is for the ledger to judge.
 
     Attributes:
+        parameters: the sampling parameters that the protocol takes, by vLLM's names.
+        streams: whether answers can come piece by piece, for whoever hears them; see :meth:`add_chunk`.
+        reserved: tokens of the context that neither prompt nor answer may use.
         context_length: tokens that prompt and answer may have together; None until the server was asked, and where it
             does not say.
     """
+
+    parameters: ClassVar[frozenset[str]] = COMMON
+    streams: ClassVar[bool] = False
+    reserved: ClassVar[int] = 0
 
     def __init__(self, config: APIServerConfig, reasoning_config: ReasoningConfig | None = None) -> None:
         super().__init__(config, reasoning_config=reasoning_config)
@@ -174,6 +239,8 @@ class TokenServer(OpenAIEndpoint):
         self.base_url = f"{self.root}/v1"
         self.context_length: int | None = None
         self._was_asked = False
+        self._scales: bool | None = None
+        self._scales_asked = False
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -203,19 +270,23 @@ class TokenServer(OpenAIEndpoint):
             ``[choice]``, each a word, or a dict with that word as ``type`` and what else the server told of the call.
 
         Raises:
+            SamplingError: a parameter that the server does not know, outside of ``extra_body``.
             ContextLengthError: the prompt leaves no room for an answer.
             BackendError: no answer, an error, or no token ids.
         """
         prompt, prompt_ids = kwargs.pop("prompt", None), kwargs.pop("input_ids", None)
         if prompt_ids is None:
             prompt_ids = self.tokenizer.encode(prompt)
-        sampling = {key: value for key, value in kwargs.items() if key not in _NOT_SAMPLING and value is not None}
-        sampling |= sampling.pop("extra_body", {})
-        for alias in ("max_new_tokens", "max_completion_tokens"):
-            if alias in sampling:
-                sampling["max_tokens"] = sampling.pop(alias)
-        url, body = await self.build_request(list(prompt_ids), sampling)
-        answer = await self.request("POST", url, body)
+        url, body = await self.build_request(list(prompt_ids), self._sampling(kwargs))
+        listener = token_listener.get()
+        if listener is None or not self.streams or kwargs.get("n") not in (None, 1):
+            answer = await self.request("POST", url, body)
+        else:
+            listener.begin(prompt_ids)
+            answer = {}
+            await self.stream(url, body, lambda chunk: listener.more(self._added(url, answer, chunk)))
+            if not answer:  # vLLM says nothing of an answer that it aborted before the first token
+                return list(prompt_ids), [[]], [[]], ["abort"]
         try:
             echo, choices = self.read_answer(answer)
             outputs, logprobs, reasons = (list(column) for column in zip(*choices, strict=True))
@@ -223,9 +294,53 @@ class TokenServer(OpenAIEndpoint):
             raise unexpected(url, answer, f"{type(error).__name__}: {error}") from error
         return echo or list(prompt_ids), outputs, logprobs, reasons
 
+    def _added(self, url: str, answer: dict[str, Any], chunk: Any) -> list[int]:
+        try:
+            return self.add_chunk(answer, chunk)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise unexpected(url, chunk, f"{type(error).__name__}: {error}") from error
+
+    def add_chunk(self, answer: dict[str, Any], chunk: Any) -> list[int]:
+        """Add a piece of a streamed answer to what came before it, in the shape that ``read_answer`` reads.
+
+        Where ``streams`` is True. Whatever a lookup raises means that the piece is not of this protocol.
+
+        Returns:
+            The ids that are new.
+        """
+        raise NotImplementedError
+
+    def _sampling(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of a call with those that were not given at their neutral values.
+
+        A wish for the answer's form is under ``structured_outputs``, as vLLM has it.
+        """
+        sampling = {key: value for key, value in arguments.items() if key not in _NOT_SAMPLING and value is not None}
+        extra = sampling.pop("extra_body", {})
+        for alias in ("max_new_tokens", "max_completion_tokens"):
+            if alias in sampling:
+                sampling["max_tokens"] = sampling.pop(alias)
+        if strange := unknown(sampling, extra, self.parameters):
+            raise SamplingError(
+                f"{type(self).__name__} does not know {', '.join(strange)}: leave it out, or pass what {self.root} "
+                "alone knows in extra_body"
+            )
+        if sampling.get("max_tokens", 1) < 1:
+            raise SamplingError(f"max_tokens={sampling['max_tokens']!r}: give 1 or more")
+        sampling = NEUTRAL | sampling | extra
+        grammar = take_grammar(sampling)
+        return sampling if grammar is None else sampling | {"structured_outputs": grammar}
+
     @abstractmethod
     async def build_request(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """URL and body of a request."""
+        """URL and body of a request.
+
+        Args:
+            sampling: complete, by vLLM's names; the caller's own.
+
+        Raises:
+            SamplingError: the protocol can't say this.
+        """
 
     @abstractmethod
     def read_answer(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
@@ -235,11 +350,11 @@ class TokenServer(OpenAIEndpoint):
         """What the context leaves of the ``max_tokens`` wanted; servers refuse a request for more."""
         async with (await self._here()).lock:
             if self.context_length is None and not self._was_asked:
-                self.context_length = await self._listed_context_length()
+                self.context_length = await self.listed_context_length()
                 self._was_asked = True
         if self.context_length is None:
             return wanted
-        room = self.context_length - len(prompt_ids)
+        room = self.context_length - self.reserved - len(prompt_ids)
         if room < 1:
             raise ContextLengthError(
                 f"the prompt has {len(prompt_ids)} tokens, the context of {self.root} {self.context_length}",
@@ -247,13 +362,60 @@ class TokenServer(OpenAIEndpoint):
             )
         return room if wanted is None else min(wanted, room)
 
-    async def _listed_context_length(self) -> int | None:
-        """``max_model_len`` of ``/v1/models``, as vLLM and SGLang list it."""
-        with contextlib.suppress(BackendResponseError, AttributeError, KeyError, TypeError):
-            listed = await self.request("GET", f"{self.base_url}/models", timeout_s=10)
-            lengths = {card["id"]: card.get("max_model_len") for card in listed["data"]}
-            return lengths.get(self.config.model_name) or next(iter(lengths.values()), None)
+    async def told_tokenizer(self) -> str | None:
+        """The name or path of the tokenizer, where the server tells it elsewhere than in its list of models."""
         return None
+
+    async def scales_logprobs(self) -> bool | None:
+        """Whether the logprobs are of the distribution after the temperature; None where it does not show.
+
+        Found out once, by one short answer that is all but greedy: after the temperature, what was drawn has a
+        probability of nearly 1, whatever the model thinks of it.
+        """
+        async with (await self._here()).probing:
+            if not self._scales_asked:
+                self._scales = await self._look_at_logprobs()
+                self._scales_asked = True
+        return self._scales
+
+    async def _look_at_logprobs(self) -> bool | None:
+        with contextlib.suppress(BackendError), hearing(token_listener, None):
+            _, _, [logprobs], _ = await self._tokens_and_logprobs_completion_wrapper(
+                input_ids=_GIBBERISH, max_tokens=8, temperature=0.01, ignore_eos=True
+            )
+            doubts = sorted(-value for value in logprobs)
+            if len(doubts) == 8 and doubts[3] < 0.001:
+                return True
+            if len(doubts) == 8 and doubts[5] > 0.1:
+                return False
+        return None
+
+
+def _event(url: str, data: str) -> Any:
+    """What an event holds.
+
+    Raises:
+        BackendResponseError: an error.
+    """
+    event = json.loads(data)
+    if isinstance(event, dict) and event.get("error"):
+        told = event["error"]
+        code = told.get("code") if isinstance(told, dict) else None
+        # SGLang refuses a request so, without a code.
+        raise response_error(url, code if isinstance(code, int) else 400, data, {})
+    return event
+
+
+def served(cards: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
+    """The card of the model that is meant; that of the model to which a LoRA adapter belongs; else the first.
+
+    Args:
+        cards: of ``/v1/models``, by ``id``.
+    """
+    card = cards.get(name or "") or next(iter(cards.values()), {})
+    while (parent := cards.get(card.get("parent") or "")) not in (None, card):
+        card = parent
+    return card
 
 
 #: The protocols with token ids, in the order in which what answers at a URL is asked for them.
@@ -267,6 +429,9 @@ def register(protocol: SomeServer) -> SomeServer:
     PROTOCOLS.append(protocol)
     return protocol
 
+
+# Ids of any vocabulary after which nothing follows of itself.
+_GIBBERISH = [201, 33, 157, 98, 240, 71, 186, 12]
 
 # Arguments of atroposlib's calls that are not for the sampler.
 _NOT_SAMPLING = frozenset(

@@ -20,6 +20,7 @@ from hermes_atropos.errors import (
     UntrackedError,
 )
 from hermes_atropos.servers import PROTOCOLS, AtroposVLLMServer, OpenAIEndpoint, TokenServer
+from hermes_atropos.servers.http import served
 
 __all__ = ["Probe", "probe"]
 
@@ -67,6 +68,7 @@ async def probe(
     api_key: str | None = None,
     *,
     timeout_s: float = 10.0,
+    cold_start_s: float = 120.0,
 ) -> Probe:
     """Find out what answers at ``base_url``, with a handful of requests that sample one token each at most.
 
@@ -74,7 +76,9 @@ async def probe(
         base_url: the server's address, with or without ``/v1``.
         model: the model to ask for; None takes the one that the server lists first.
         tokenizer: compared with the server's own, where the server tells how it encodes a text.
-        timeout_s: limit of the whole probe in seconds.
+        timeout_s: seconds for which somebody is looked for.
+        cold_start_s: seconds that a server which is there may take for the rest, as it may have to compile what
+            answers the first request.
 
     Whatever is wrong is in ``Probe.problem``.
     """
@@ -82,11 +86,15 @@ async def probe(
         base_url=base_url, model_name=model or "default", api_key=api_key or "", health_check=False
     )
     problem: HermesAtroposError
+    limit_s = timeout_s
     try:
         async with asyncio.timeout(timeout_s):
-            return await _look(config, model, tokenizer)
+            endpoint, cards = await _list_models(config)
+        limit_s = cold_start_s if cards else timeout_s
+        async with asyncio.timeout(limit_s):
+            return await _look(config, model, tokenizer, endpoint, cards)
     except TimeoutError:
-        problem = NoServerError(f"{base_url} did not answer within {timeout_s:g} s: it may be starting, or overloaded")
+        problem = NoServerError(f"{base_url} did not answer within {limit_s:g} s: it may be starting, or overloaded")
     except BackendConnectionError as error:
         problem = NoServerError(f"nobody answers at {base_url}: start the server, or correct base_url ({error})")
     except ConfigurationError as error:
@@ -94,16 +102,21 @@ async def probe(
     return Probe(base_url, problem=problem)
 
 
-async def _look(config: APIServerConfig, model: str | None, tokenizer: Any) -> Probe:
-    endpoint, cards = await _list_models(config)
+async def _look(
+    config: APIServerConfig,
+    model: str | None,
+    tokenizer: Any,
+    endpoint: OpenAIEndpoint,
+    cards: dict[str, dict[str, Any]],
+) -> Probe:
     if model is not None and cards and model not in cards:
-        served = difflib.get_close_matches(model, cards, n=3, cutoff=0.0)
+        similar = difflib.get_close_matches(model, cards, n=3, cutoff=0.0)
         raise ConfigurationError(
-            f"{endpoint.base_url} does not serve {model!r}: pass model={' or '.join(map(repr, served))}"
+            f"{endpoint.base_url} does not serve {model!r}: pass model={' or '.join(map(repr, similar))}"
         )
     # LoRA adapters name the model that they belong to as their parent.
     model = model or next((name for name, card in cards.items() if not card.get("parent")), None)
-    card = cards.get(model or "", {})
+    card = served(cards, model)
     config = config.model_copy(
         update={"model_name": model or config.model_name, "tokenizer_name": card.get("root") or model or "none"}
     )
@@ -124,6 +137,8 @@ async def _look(config: APIServerConfig, model: str | None, tokenizer: Any) -> P
         except BackendError as error:
             failures.append(error)
         else:
+            config.tokenizer_name = await server.told_tokenizer() or config.tokenizer_name
+            found = replace(found, tokenizer_name=None if config.tokenizer_name == "none" else config.tokenizer_name)
             problem = await _wrong_tokenizer(server, tokenizer, answer[1][0])
             return replace(found, base_url=server.root, server=server, problem=problem)
         finally:

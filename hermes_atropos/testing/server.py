@@ -125,6 +125,10 @@ class ScriptedServer(APIServer):
     async def check_server_status_task(self, chat_completion: bool = True) -> None:
         self.server_healthy = True
 
+    async def scales_logprobs(self) -> bool:
+        """What it says is sampled, with the logprob that it gives, whatever the temperature."""
+        return True
+
     async def _tokens_and_logprobs_completion_wrapper(
         self, **kwargs: Any
     ) -> tuple[list[int], list[list[int]], list[list[float]], list[str]]:

@@ -2,6 +2,17 @@
 
 from hermes_atropos.tokens.ledger import Ledger, Match
 from hermes_atropos.tokens.streams import FidelityReport, Sequence, Span
-from hermes_atropos.tokens.turns import BreakCause, Prompt, Turn
+from hermes_atropos.tokens.turns import UNKNOWN, BreakCause, Prompt, Turn, Weights
 
-__all__ = ["BreakCause", "FidelityReport", "Ledger", "Match", "Prompt", "Sequence", "Span", "Turn"]
+__all__ = [
+    "UNKNOWN",
+    "BreakCause",
+    "FidelityReport",
+    "Ledger",
+    "Match",
+    "Prompt",
+    "Sequence",
+    "Span",
+    "Turn",
+    "Weights",
+]

@@ -29,15 +29,12 @@ from hermes_atropos.errors import TokenFidelityError
 from hermes_atropos.messages import TURN_KEY, Message, call_function, text_of
 from hermes_atropos.tokens import streams
 from hermes_atropos.tokens.streams import FidelityReport, Sequence
-from hermes_atropos.tokens.turns import BreakCause, Prompt, Turn, stream_ids
+from hermes_atropos.tokens.turns import WIDTH, BreakCause, Prompt, Turn, Weights, stream_ids
 
 __all__ = ["Ledger", "Match"]
 
 #: Float rounding can lift the logprob of a certain token above 0: up to this it is recorded as 0.0, beyond it refused.
 ROUNDING = 1e-4
-
-#: Bytes of a number in an array of type "i" or "I".
-WIDTH = array("i").itemsize
 
 #: One object per token id, shared by all ledgers: what is stored then costs 8 bytes a token, not 40.
 _TOKENS: dict[int, int] = {}
@@ -130,7 +127,7 @@ class Ledger:
         open_prompts = [(prompt, 0) for prompt in self.prompts(best)]
         while open_prompts:
             prompt, start = open_prompts.pop()
-            stop = start + len(prompt.messages) // WIDTH
+            stop = start + prompt.added
             if stop >= len(numbers) or not packed.startswith(prompt.messages, start * WIDTH):
                 continue
             if prompt.parent is None and prompt.tools != tools:
@@ -210,6 +207,10 @@ class Ledger:
         *,
         echo: SequenceOf[int] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        weights: SequenceOf[Weights] = (),
+        sampling: Mapping[str, Any] | None = None,
+        skew: str | None = None,
+        barred: bool = False,
     ) -> Turn:
         """Keep one answer.
 
@@ -217,6 +218,7 @@ class Ledger:
             prompt: what was asked.
             output_ids, logprobs: [output_len] each, as the server sampled them.
             echo: the prompt's ids as the server says it received them; None or empty where it doesn't say.
+            metadata, weights, sampling, skew, barred: as in ``Turn``.
 
         Raises:
             TokenFidelityError: lengths differ, an id is not an int of the vocabulary, a logprob is not finite or above
@@ -232,6 +234,10 @@ class Ledger:
             logprobs=array("d", [] if fault else [value if value < 0 else 0.0 for value in logprobs]),
             finish_reason=finish_reason,
             metadata=dict(metadata or {}),
+            weights=() if fault else tuple(weights),
+            sampling=sampling or {},
+            skew=skew,
+            barred=barred,
         )
         turn.forms.add(self._number(turn.ref))
         self.turns.append(turn)
@@ -262,7 +268,8 @@ class Ledger:
 
         A turn through which several streams run is trained in the first and not in the others. A discarded turn is not
         trained where a stream runs through it, and no stream ends with one, unless ``include_discarded``. Nor does one
-        end with a turn without a token. Streams come in the order in which they left one another.
+        end with a turn without a token. A barred turn is not trained either. Streams come in the order in which they
+        left one another.
 
         What is recorded later does not change them.
         """
@@ -354,9 +361,11 @@ class Ledger:
             return fault("as many logprobs as sampled tokens are needed", None, len(output_ids), len(logprobs))
         for position, token in enumerate(output_ids):
             if type(token) is not int or not 0 <= token < self._limit:
-                return fault(
-                    "a sampled token is not an id of the vocabulary", position, f"int below {self._limit}", token
+                message = (
+                    "a sampled token is not an id of the vocabulary: where the model has more ids than its tokenizer, "
+                    "pass vocab_size= (the rows of its embedding), or have the server mask those above"
                 )
+                return fault(message, position, f"int below {self._limit}", token)
         for position, value in enumerate(logprobs):
             if type(value) not in (float, int) or not -math.inf < value <= ROUNDING:
                 return fault("a logprob is not a finite number up to 0", position, "<= 0", value)

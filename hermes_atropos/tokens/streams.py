@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any
 
-from hermes_atropos.tokens.turns import BreakCause, Prompt, Turn, stream_ids
+from hermes_atropos.tokens.turns import BreakCause, Prompt, Turn, Weights, stream_ids
 
 __all__ = ["FidelityReport", "Sequence", "Span", "path_to", "paths_of", "report", "wanted"]
 
@@ -24,6 +25,9 @@ class Span:
         finish_reason: as the server reported it.
         discarded: why the harness threw the answer away; None if it did not.
         cause: why a stream starts with this turn; None where it goes on.
+        weights: which weights sampled it, stretch by stretch, by places in the sequence.
+        sampling: the parameters that made the distribution another than the model's.
+        skew: why the logprobs are not of the distribution that was sampled from; None if they are.
     """
 
     start: int
@@ -34,6 +38,9 @@ class Span:
     finish_reason: str | None = None
     discarded: str | None = None
     cause: BreakCause | None = None
+    weights: SequenceOf[Weights] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    skew: str | None = None
 
 
 class Sequence:
@@ -50,11 +57,14 @@ class Sequence:
                 turn.prompt.length,
                 turn.end,
                 turn.logprobs,
-                turn in trained,
+                turn in trained and not turn.barred,
                 turn.ref,
                 turn.finish_reason,
                 turn.discarded,
                 turn.cause,
+                [Weights(turn.prompt.length + w.start, turn.prompt.length + w.end, w.version) for w in turn.weights],
+                turn.sampling,
+                turn.skew,
             )
             for turn in turns
         ]
@@ -91,6 +101,7 @@ class FidelityReport:
         mismatches: answers that did not fit what was asked.
         tokens_sampled, tokens_trained, tokens_discarded: counts.
         left_out: a sentence for each turn that is not trained.
+        aborts: how often a server aborted an answer, as it does for new weights; the answer was gone on with.
     """
 
     turns: int = 0
@@ -101,6 +112,7 @@ class FidelityReport:
     tokens_trained: int = 0
     tokens_discarded: int = 0
     left_out: list[str] = field(default_factory=list)
+    aborts: int = 0
 
     def __add__(self, other: FidelityReport) -> FidelityReport:
         causes = [*self.breaks, *(cause for cause in other.breaks if cause not in self.breaks)]
@@ -113,6 +125,7 @@ class FidelityReport:
             tokens_trained=self.tokens_trained + other.tokens_trained,
             tokens_discarded=self.tokens_discarded + other.tokens_discarded,
             left_out=self.left_out + other.left_out,
+            aborts=self.aborts + other.aborts,
         )
 
 
@@ -130,7 +143,7 @@ def report(turns: SequenceOf[Turn]) -> FidelityReport:
             breaks[cause] = breaks.get(cause, 0) + 1
         asked |= prompts
     sampled = sum(map(_sampled, turns))
-    trained_tokens = sum(len(turn.output_ids) for _, trained in paths for turn in trained)
+    trained_tokens = sum(len(turn.output_ids) for _, trained in paths for turn in trained if not turn.barred)
     return FidelityReport(
         turns=len(turns),
         sequences=len(paths),
@@ -140,10 +153,11 @@ def report(turns: SequenceOf[Turn]) -> FidelityReport:
         tokens_trained=trained_tokens,
         tokens_discarded=sampled - trained_tokens,
         left_out=[
-            f"turn {turn.number} ({_sampled(turn)} tokens): {turn.fault or turn.discarded}"
+            f"turn {turn.number} ({_sampled(turn)} tokens): {turn.fault or turn.discarded or turn.skew}"
             for turn in turns
-            if turn.fault is not None or turn.discarded is not None
+            if turn.fault is not None or turn.discarded is not None or turn.barred
         ],
+        aborts=sum(turn.metadata.get("aborts", 0) for turn in turns),
     )
 
 

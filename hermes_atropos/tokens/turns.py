@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-__all__ = ["BreakCause", "Prompt", "Turn", "stream_ids"]
+__all__ = ["UNKNOWN", "WIDTH", "BreakCause", "Prompt", "Turn", "Weights", "stream_ids"]
+
+#: The version of weights that a server does not tell.
+UNKNOWN = "unknown"
+
+#: Bytes of a packed number.
+WIDTH = array("i").itemsize
 
 
 class BreakCause(StrEnum):
@@ -23,6 +30,20 @@ class BreakCause(StrEnum):
     """The renderer could not prove what the appended messages look like as tokens."""
     TRUNCATED = "truncated"
     """The parent's answer was cut off, and the renderer could not close it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Which weights sampled a stretch of tokens.
+
+    Attributes:
+        start, end: ``[start, end)``, in the answer or, of a sequence's span, in the sequence.
+        version: as the server names it, or ``UNKNOWN``.
+    """
+
+    start: int
+    end: int
+    version: str = UNKNOWN
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +68,11 @@ class Prompt:
     tools: Any = field(default=None, repr=False)
     topic: Any = field(default=None, repr=False)
 
+    @property
+    def added(self) -> int:
+        """How many messages it adds to its parent's."""
+        return len(self.messages) // WIDTH
+
 
 @dataclass(slots=True, eq=False)
 class Turn:
@@ -61,7 +87,12 @@ class Turn:
         finish_reason: as the server reported it; None where it did not.
         discarded: why the harness threw the answer away; None if it did not.
         fault: why the answer can't be trusted; such a turn has no tokens, and ``metadata["rejected"]`` has what came.
-        metadata: what is known of the call, such as ``server_url`` and ``weights_version``.
+        metadata: what is known of the call, such as ``server_url``, and ``aborts``: how often the server aborted the
+            answer.
+        weights: of the answer, stretch by stretch; an answer that was aborted may have several.
+        sampling: the parameters that made the distribution another than the model's; ``temperature=1`` is not one.
+        skew: why the logprobs are not of the distribution that was sampled from; None if they are.
+        barred: whether that keeps the turn out of training.
         forms: the numbers of the messages that stand for it.
     """
 
@@ -75,6 +106,10 @@ class Turn:
     fault: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     forms: set[int] = field(default_factory=set, repr=False)
+    weights: tuple[Weights, ...] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    skew: str | None = None
+    barred: bool = False
 
     @property
     def parent(self) -> Turn | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -78,8 +79,14 @@ class ToolCall(BaseModel):
     read_text: ClassVar[Callable[[str], ParsedText]]
 
     def to_openai(self) -> dict[str, Any]:
-        """The call as it stands in an OpenAI message: id, type, and a function with its arguments as JSON text."""
+        """The call as it stands in an OpenAI message: id, type, and a function with its arguments as JSON text.
+
+        That text is the server's own for a native call, unless the arguments were fitted to their schema.
+        """
         arguments = json.dumps(self.arguments, ensure_ascii=False)
+        with contextlib.suppress(ValueError):
+            if self.format == "openai" and json.loads(self.raw) == self.arguments:
+                arguments = self.raw
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ class StopReason(StrEnum):
     COMPLETED = "completed"
     """The model answered without calling a tool."""
     ITERATION_LIMIT = "iteration_limit"
-    """The limit on steps was reached before an answer."""
+    """A limit on steps, or on calls that repeat themselves, was reached before an answer."""
     INTERRUPTED = "interrupted"
     """``interrupt()`` or Ctrl-C asked the agent to stop."""
     CANCELLED = "cancelled"
@@ -136,6 +136,8 @@ class AgentResult:
         fidelity: the ledger's report: turns, sequences, breaks by cause, tokens left out and why; None where untracked.
         tracked: whether the backend gave token ids. Untracked rollouts serve evaluation and SFT, not RL.
         untrainable: why the tokens must not be trained on; None if they may.
+        vocabulary: what each token of the sequences says, by its id: its text, or its bytes where it is a part of a
+            character; empty where that is unknown.
         sampling: the sampling parameters of the model calls.
         packages: versions of the packages that made this; filled in when a record is written.
     """
@@ -154,6 +156,7 @@ class AgentResult:
     fidelity: FidelityReport | None = None
     tracked: bool = True
     untrainable: str | None = None
+    vocabulary: dict[int, str | bytes] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
 
@@ -176,12 +179,18 @@ class AgentResult:
     def tool_errors(self) -> int:
         return sum(step.tool_errors for step in self.steps)
 
-    def attach_tokens(self, ledger: Ledger, decode: Callable[[list[int]], str]) -> None:
+    def attach_tokens(
+        self,
+        ledger: Ledger,
+        decode: Callable[[list[int]], str],
+        vocabulary: Mapping[int, str | bytes] | None = None,
+    ) -> None:
         """Take over what a ledger recorded, and give each step the sequence that holds its tokens.
 
         Args:
             ledger: of this rollout.
             decode: token ids to text, special tokens included.
+            vocabulary: what each token says, those of this rollout among them.
         """
         self.fidelity = ledger.report()
         cut = ledger.sequences()
@@ -191,11 +200,17 @@ class AgentResult:
             everything = ledger.sequences(include_discarded=True)
             self.all_sequences = [SequenceData.cut(sequence, decode) for sequence in everything]
         self.untrainable = next((turn.fault for turn in ledger.turns if turn.fault is not None), None)
+        if vocabulary is not None:
+            self.vocabulary = {token: vocabulary[token] for token in sorted(self.token_ids())}
         # Reversed, so that a turn which several sequences hold counts as the first one's: that one trains it.
         holders = {ref: sequence for sequence in reversed(self.sequences) for ref in sequence.turns}
         for step in self.steps:
             held = (holders[ref] for ref in reversed(step.turns) if ref in holders)
             step.sequence_data = next(held, None)
+
+    def token_ids(self) -> set[int]:
+        """The ids that occur in its sequences."""
+        return {token for sequence in (*self.sequences, *self.all_sequences) for token in sequence.tokens}
 
     def to_messages(self) -> list[dict[str, Any]]:
         """The conversation as plain OpenAI messages, without this library's own keys: for evaluation and SFT."""

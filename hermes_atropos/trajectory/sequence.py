@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from hermes_atropos.exports import atropos
-from hermes_atropos.tokens import Sequence
+from hermes_atropos.tokens import UNKNOWN, Sequence
 
 __all__ = ["SequenceData"]
 
@@ -25,7 +26,10 @@ class SequenceData(Sequence):
         logprobs: ``[seq_len] float``, finite and ≤ 0 where it is trained, 1.0 elsewhere.
         metadata: whatever else is known. Under ``turns``, where it came from a ledger, a dict for each turn in it:
             ``ref``, the ``start`` and ``end`` of what it sampled, ``finish_reason``, ``discarded``: why the harness
-            threw it away, or None, and ``cause``: why a stream starts with it (a ``BreakCause``), or None.
+            threw it away, or None, ``cause``: why a stream starts with it (a ``BreakCause``), or None, ``weights``: a
+            dict with ``start``, ``end`` and ``version`` for each stretch, ``sampling``: the parameters that made the
+            distribution another than the model's, and ``skew``: why the logprobs are not of what was sampled from, or
+            None.
 
     Raises:
         TokenFidelityError: at construction, if the three lists differ in length or a position breaks these rules.
@@ -50,8 +54,11 @@ class SequenceData(Sequence):
     def cut(cls, sequence: Sequence, decode: Callable[[list[int]], str]) -> SequenceData:
         """From a ledger's sequence; ``decode`` makes token ids text, special tokens included."""
         data = cls.__new__(cls)
-        facts = ("ref", "start", "end", "finish_reason", "discarded", "cause")
-        turns = [{fact: getattr(span, fact) for fact in facts} for span in sequence.spans]
+        facts = ("ref", "start", "end", "finish_reason", "discarded", "cause", "sampling", "skew")
+        turns = [
+            {fact: getattr(span, fact) for fact in facts} | {"weights": [asdict(part) for part in span.weights]}
+            for span in sequence.spans
+        ]
         vars(data).update(vars(sequence), _decode=decode, metadata={"turns": turns})
         return data
 
@@ -81,6 +88,21 @@ class SequenceData(Sequence):
     @functools.cached_property
     def logprobs(self) -> list[float]:
         return atropos.logprobs(self)
+
+    @property
+    def weights_versions(self) -> list[str]:
+        """The versions of the weights that sampled it, in order of their first token; ``unknown`` is one."""
+        return list(dict.fromkeys(part["version"] for parts in self._weights() for part in parts))
+
+    @property
+    def mixed_weights(self) -> bool:
+        """Whether different weights sampled it, as far as the server tells: known versions differ, or an answer was
+        aborted and gone on with under weights that the server does not name."""
+        known = {part["version"] for parts in self._weights() for part in parts} - {UNKNOWN}
+        return len(known) > 1 or any(len(parts) > 1 for parts in self._weights())
+
+    def _weights(self) -> list[list[dict[str, Any]]]:
+        return [turn.get("weights", []) for turn in self.metadata.get("turns", ())]
 
     @property
     def trainable(self) -> int:

@@ -31,7 +31,7 @@ END = BlockEnd(
 )
 DSML_FUNCTION = re.compile(r'<｜DSML｜invoke name="(?P<name>[^"<>\n]*)">')
 DSML = Pairs(
-    parameter=re.compile(r'\s*<｜DSML｜parameter name="(?P<key>[^"<\n]*)" string="(?P<string>true|false)">'),
+    parameter=re.compile(r'<｜DSML｜parameter name="(?P<key>[^"<\n]*)" string="(?P<string>true|false)">'),
     closing="</｜DSML｜parameter>",
     behind=re.compile(r"</｜DSML｜parameter>\s*+(?=<｜DSML｜parameter |</｜DSML｜invoke>)"),
     last=re.compile(r"\s*</｜DSML｜invoke>"),
@@ -61,7 +61,7 @@ register(
             read,
             wrapper=r"<｜tool▁calls▁(?:begin|end)｜>|</?｜DSML｜(?:function_calls|tool_?calls)>",
         ).parse,
-        mark="<｜tool▁call",
-        parsers=("deepseek_v3", "deepseek_v31"),
+        mark="<｜tool▁call|<｜DSML｜",
+        parsers=("deepseek_v3", "deepseek_v31", "deepseek_v32", "deepseek_v4"),
     )
 )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hermes_atropos.errors import ConfigurationError
+from hermes_atropos.messages import Tool
 from hermes_atropos.toolcalls.call import ParsedText
-from hermes_atropos.toolcalls.formats.blocks import Scan
+from hermes_atropos.toolcalls.formats.blocks import REASONING_TAGS, Scan
 
-__all__ = ["FORMATS", "Format", "format_named", "format_of", "register"]
+__all__ = ["FORMATS", "Format", "format_marked", "format_named", "format_reading", "register"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Format:
         name: what ``tool_format`` calls it.
         parse: takes an answer apart; ``True`` says that the answer begins within reasoning. It never raises.
             ``Blocks(…).parse`` is one, for calls that stand in blocks between other text.
-        mark: regular expression by which a chat template is recognised: it is searched in a call that the template
-            wrote. Where several formats' marks are found, the one that was registered last counts.
+        mark: regular expression for what only this format has. A chat template that writes no calls itself is
+            recognised by it, in what it says of the tools.
         parsers: further names by which ``tool_format`` finds it: those of vLLM's tool parsers for these models.
         arguments_key: where a call is one JSON object, the key of its arguments. A model whose call failed is shown
             the schema of that object, else that of the arguments alone.
@@ -69,6 +70,19 @@ def _find(name: str) -> Format | None:
     return FORMATS.get(name) or next((format for format in FORMATS.values() if name in format.parsers), None)
 
 
-def format_of(call: str) -> Format | None:
-    """The format in which a chat template wrote a call; of several that fit, the one that was registered last."""
-    return next((format for format in reversed(FORMATS.values()) if re.search(format.mark, call)), None)
+def format_reading(
+    text: str,
+    fits: Callable[[ParsedText], bool],
+    tools: Sequence[Tool] | None = None,
+    reasoning_tags: tuple[str, str] = REASONING_TAGS,
+) -> Format | None:
+    """The format in which a text's calls are read so that it fits; of several, the one that was registered last."""
+    for format in reversed(FORMATS.values()):
+        if fits(format.parse(Scan(text, format.name, tools, reasoning_tags), False)):
+            return format
+    return None
+
+
+def format_marked(text: str) -> Format | None:
+    """The format whose mark stands in a text; of several, the one that was registered last."""
+    return next((format for format in reversed(FORMATS.values()) if re.search(format.mark, text)), None)

@@ -19,19 +19,19 @@ from hermes_atropos.toolcalls.formats.pairs import Pairs, read_pairs, typed
 
 FUNCTION = re.compile(r"\s*(?P<name>[^<>\n{]*)")
 PAIRS = Pairs(
-    parameter=re.compile(r"\s*<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>"),
+    parameter=re.compile(r"<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>"),
     closing="</arg_value>",
     behind=re.compile(r"</arg_value>\s*+(?=<arg_key>|</tool_call>)"),
     last=re.compile(r"\s*</tool_call>"),
     end=block_end("</tool_call>", "<tool_call>"),
-    convert=lambda _, text, schema: typed(text, schema),
+    convert=lambda _, text, types: typed(text, types),
 )
 
 
 def read(scan: Scan, opening: re.Match[str]) -> Read:
     function = FUNCTION.match(scan.text, opening.end())
     name, position = (function["name"].strip(), function.end()) if function else ("", opening.end())
-    return read_pairs(scan, opening.start(), position, name, PAIRS)
+    return read_pairs(scan, opening.start(), position, name, PAIRS, opening.end())
 
 
 register(

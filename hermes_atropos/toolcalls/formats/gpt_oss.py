@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import re
 
-from hermes_atropos.toolcalls.call import ParsedText, ToolCall
+from hermes_atropos.toolcalls.call import ParsedText, ParseStatus, ToolCall, failed_call
 from hermes_atropos.toolcalls.formats.blocks import Scan, joined
 from hermes_atropos.toolcalls.formats.format import Format, register
 from hermes_atropos.toolcalls.formats.json_block import BlockEnd, read_json
 
 HEAD = re.compile(r"<\|start\|>[^<]*(?:<\|channel\|>(?P<channel>[^<]*))?(?:<\|constrain\|>[^<]*)?<\|message\|>")
+#: What is begun as a header, and goes on to the end of the text without a message.
+CUT_HEADER = re.compile(r"<\|start\|>(?:assistant)?(?=\s*<\|channel\|>|\s+to=).*", re.DOTALL)
 RECIPIENT = re.compile(r"\bto=(?:functions\.)?(?P<name>[^\s<]+)")
 END = BlockEnd("<|call|>", re.compile(r"(?P<close><\|(?:call|end|return)\|>)|<\|start\|>"), optional=True)
 
@@ -41,7 +43,13 @@ def parse(scan: Scan, thinking: bool) -> ParsedText:
         channel = (head["channel"] or "").strip()
         (reasoning if channel.startswith("analysis") else content).append(scan.text[head.end() : stop])
         position = tag.end() if tag and tag["close"] else stop
-    content.append(scan.text[position:] if position else scan.text.removeprefix(prompt))
+    cut = scan.search(CUT_HEADER, position)
+    content.append(scan.text[position : cut.start() if cut else len(scan.text)].removeprefix(prompt))
+    if cut and (recipient := RECIPIENT.search(cut.group())):
+        name = recipient["name"]
+        error = f"The header of the call to {name[:80]!r} does not come to <|message|> and the arguments."
+        raw = cut.group().removeprefix(prompt)
+        calls.append(failed_call(ParseStatus.UNCLOSED_BLOCK, error, name=name, raw=raw, format=scan.format))
     return ParsedText(joined(content, "\n"), joined(reasoning, "\n"), calls)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from hermes_atropos.toolcalls.call import ParseStatus, failed_call, named_call, object_call
-from hermes_atropos.toolcalls.formats.blocks import Read, Scan
+from hermes_atropos.toolcalls.call import ParseStatus, ToolCall, failed_call, named_call, object_call
+from hermes_atropos.toolcalls.formats.blocks import Read, Scan, is_mentioned
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads, value_at
 
-__all__ = ["BlockEnd", "block_end", "broken_json", "read_json", "wrong_opening"]
+__all__ = ["BlockEnd", "block_end", "broken_json", "listed_calls", "read_json", "wrong_opening"]
+
+#: How the JSON of a call may begin.
+JSON = re.compile(r'\s*+(?:[{\["]|\Z)')
 
 
 class BlockEnd(NamedTuple):
@@ -19,7 +23,7 @@ class BlockEnd(NamedTuple):
     Attributes:
         tag: what closes it.
         pattern: the tag (group ``close``), or what shows that it is missing.
-        optional: a complete call may also stand at the end of the text, because the tag is a stop token.
+        optional: a complete call may also be followed by nothing or by another, because the tag is a stop token.
     """
 
     tag: str
@@ -32,10 +36,30 @@ def block_end(tag: str, *others: str) -> BlockEnd:
     return BlockEnd(tag, re.compile("|".join([f"(?P<close>{re.escape(tag)})", *map(re.escape, others)])))
 
 
-def read_json(scan: Scan, start: int, body: int, end: BlockEnd, name: str | None = None, **known: Any) -> Read:
-    """A block from ``start`` to ``end`` with JSON at ``body``: the arguments where the name is known, else the call."""
+#: The calls of a block's value, and what each says of itself.
+Build = Callable[..., list[ToolCall]]
+
+
+def one_call(value: Any, **fields: Any) -> list[ToolCall]:
+    """A block that is one call."""
+    return [object_call(value, **fields)]
+
+
+def listed_calls(value: Any, **fields: Any) -> list[ToolCall]:
+    """A block that is a list of calls."""
+    return [object_call(item, **fields) for item in (value if isinstance(value, list) and value else [value])]
+
+
+def read_json(
+    scan: Scan, start: int, body: int, end: BlockEnd, name: str | None = None, *, build: Build = one_call, **known: Any
+) -> Read:
+    """A block from ``start`` to ``end`` with JSON at ``body``: the arguments where the name is known, else the calls.
+
+    ``build`` makes the calls of the value where the name is not known.
+    """
     text, broken, value = scan.text, None, None
-    build = object_call if name is None else partial(named_call, name)
+    if name is not None:
+        build = partial(_arguments_call, name)
     try:
         value, behind = value_at(text, body)
     except BrokenJSON as error:
@@ -46,14 +70,20 @@ def read_json(scan: Scan, start: int, body: int, end: BlockEnd, name: str | None
         tag = scan.search(end.pattern, broken.position)
     stop = tag.start() if tag else len(text)
     closed = tag is not None and tag["close"] is not None
-    if not broken and (closed or (end.optional and tag is None)) and not text[behind:stop].strip():
-        place = tag.end() if tag else stop
-        return [build(value, **known, **scan.fields(start, place))], place
+    if not broken and (closed or end.optional) and not text[behind:stop].strip():
+        place = tag.end() if tag and closed else stop
+        return build(value, **known, **scan.fields(start, place)), place
     if not broken and not closed:
-        call = build(value, **known, **scan.fields(start, behind))
+        calls = build(value, **known, **scan.fields(start, behind))
         fault = {"status": ParseStatus.UNCLOSED_BLOCK, "error": f"The call is not closed: {end.tag} is missing."}
-        return [call.model_copy(update=fault)], behind
+        return [call.model_copy(update=fault) for call in calls], behind
+    if is_mentioned(scan, start, body, closed=closed or JSON.match(text, body) is not None):
+        return [], body
     return broken_json(scan, start, body, tag, "" if end.optional and tag is None else end.tag, name, **known)
+
+
+def _arguments_call(name: str, arguments: Any, **fields: Any) -> list[ToolCall]:
+    return [named_call(name, arguments, **fields)]
 
 
 def broken_json(
@@ -99,6 +129,8 @@ def wrong_opening(scan: Scan, opening: re.Match[str], end: BlockEnd, expected: s
     """A block that does not begin as it must."""
     tag = scan.search(end.pattern, opening.end())
     closed = tag is not None and tag["close"] is not None
+    if is_mentioned(scan, *opening.span(), closed=closed):
+        return [], opening.end()
     stop = tag.end() if tag and closed else tag.start() if tag else len(scan.text)
     status = ParseStatus.MALFORMED if closed else ParseStatus.UNCLOSED_BLOCK
     found = scan.text[opening.end() : min(stop, opening.end() + 40)].strip()

@@ -15,7 +15,9 @@ from hermes_atropos.toolcalls.formats.json_block import broken_json
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, value_at
 
 CALL = r'\{\s*+(?:"type"\s*+:\s*+"function"\s*+,\s*+)?"name"\s*+:\s*+"[^"\n]*"\s*+,\s*+"(?:parameters|arguments)"\s*+:'
-OPENING = rf"<\|python_tag\|>|(?:^|(?<=</think>))[ \t]*(?={CALL})"
+#: A call that ends before its arguments begin.
+CUT = r'\{\s*+(?:"type"\s*+:\s*+"function"\s*+,\s*+)?"name"\s*+:\s*+"[^"\n]*+(?:"\s*+(?:,\s*+(?:"[a-z]*+"?\s*+)?)?)?\Z'
+OPENING = rf"<\|python_tag\|>|(?:^|(?<=</think>))[ \t]*(?={CALL}|{CUT})"
 NEXT = re.compile(OPENING, re.MULTILINE)
 MORE = re.compile(rf"\s*+;?\s*+(?={CALL})")
 
@@ -40,7 +42,7 @@ register(
     Format(
         name="llama3_json",
         parse=Blocks(OPENING, read).parse,
-        mark=r'"parameters": ?\{|<\|python_tag\|>',
+        mark=r"<\|python_tag\|>",
         parsers=("llama4_json",),
         arguments_key="parameters",
     )

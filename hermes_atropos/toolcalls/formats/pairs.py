@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 from hermes_atropos.toolcalls.call import ParseStatus, failed_call, named_call
-from hermes_atropos.toolcalls.formats.blocks import Read, Scan
+from hermes_atropos.toolcalls.formats.blocks import Read, Scan, is_mentioned
 from hermes_atropos.toolcalls.formats.json_block import BlockEnd
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads
 
-__all__ = ["Pairs", "read_pairs", "typed"]
+__all__ = ["Pairs", "read_pairs", "tagged_pairs", "typed"]
+
+SPACE = re.compile(r"\s*+")
 
 
 class Pairs(NamedTuple):
     """How names and values are written.
 
     Attributes:
-        parameter: up to the beginning of a value; group ``key``.
+        parameter: up to the beginning of a value, white space before it aside; group ``key``.
         closing: the tag that closes a value.
         behind: that tag and what follows it, when it is really the end and not part of the value, which is not escaped.
         last: what ends the call after the last value.
         end: the end of the block.
-        convert: the value from the match of ``parameter``, the text and the parameter's schema; raises ``BrokenJSON``.
+        convert: the value from the match of ``parameter``, the text and the types that the schema allows (as ``typed``
+            takes them); raises ``BrokenJSON``.
     """
 
     parameter: re.Pattern[str]
@@ -31,29 +36,52 @@ class Pairs(NamedTuple):
     behind: re.Pattern[str]
     last: re.Pattern[str]
     end: BlockEnd
-    convert: Callable[[re.Match[str], str, Any], Any]
+    convert: Callable[[re.Match[str], str, Set[str]], Any]
 
 
-def read_pairs(scan: Scan, start: int, position: int, name: str, pairs: Pairs) -> Read:
-    """A block from ``start`` whose parameters begin at ``position``."""
+def tagged_pairs(parameter: str, closing: str, last: str, end: BlockEnd) -> Pairs:
+    """Pairs that ``parameter``, a regular expression, opens and ``closing`` closes, in a call that ``last`` ends.
+
+    A new line after the one and before the other is not part of the value, whose type is the schema's.
+    """
+    return Pairs(
+        parameter=re.compile(parameter),
+        closing=closing,
+        behind=re.compile(rf"{re.escape(closing)}\s*+(?={parameter.replace('?P<key>', '')}|{last})"),
+        last=re.compile(rf"\s*{last}"),
+        end=end,
+        convert=lambda _, text, types: typed(text.removeprefix("\n").removesuffix("\n"), types),
+    )
+
+
+def read_pairs(scan: Scan, start: int, position: int, name: str, pairs: Pairs, tag_end: int | None = None) -> Read:
+    """A block from ``start`` whose parameters begin at ``position``; its tag ends at ``tag_end``, there by default."""
     text, arguments, status = scan.text, {}, ParseStatus.MALFORMED
-    properties = _properties(scan, name)
+    parameters = scan.functions.get(name, {}).get("parameters")
+    properties = _properties(parameters)
+    opened = position if tag_end is None else tag_end
     fault = None
-    while fault is None and (parameter := pairs.parameter.match(text, position)):
+    while fault is None and (parameter := pairs.parameter.match(text, _after_space(text, position))):
         key, position = parameter["key"], parameter.end()
         closing = scan.search(pairs.behind, position)
         if closing is None:
             fault = f"The value of {key[:80]!r} is not closed by {pairs.closing}."
             break
         value, position = text[position : closing.start()], closing.end()
+        if (inner := _unclosed(value, pairs, properties)) is not None:
+            fault = f"The value of {key[:80]!r} is not closed by {pairs.closing} where that of {inner[:80]!r} begins."
+            break
         try:
-            arguments[key] = pairs.convert(parameter, value, properties.get(key))
+            arguments[key] = pairs.convert(parameter, value, _types(properties.get(key), parameters))
         except BrokenJSON as error:
             status, fault = ParseStatus.INVALID_JSON, f"The value of {key[:80]!r} is not valid JSON: {error}."
     last = pairs.last.match(text, position)
+    tag = None if last and fault is None else scan.search(pairs.end.pattern, position)
+    closed = last is not None or (tag is not None and tag["close"] is not None)
+    if not arguments and is_mentioned(scan, start, opened, closed=closed):
+        return [], opened
     if fault is None and last:
         return [named_call(name, arguments, **scan.fields(start, last.end()))], last.end()
-    tag = scan.search(pairs.end.pattern, position)
     if tag is None or tag["close"] is None:
         stop = tag.start() if tag else len(text)
         status, sentence = ParseStatus.UNCLOSED_BLOCK, f"The call is not closed: {pairs.end.tag} is missing."
@@ -63,29 +91,70 @@ def read_pairs(scan: Scan, start: int, position: int, name: str, pairs: Pairs) -
     return [failed_call(status, sentence, name=name.strip(), **scan.fields(start, stop))], stop
 
 
-def _properties(scan: Scan, name: str) -> Mapping[str, Any]:
-    parameters = scan.functions.get(name, {}).get("parameters")
+def _after_space(text: str, position: int) -> int:
+    space = SPACE.match(text, position)
+    return space.end() if space else position
+
+
+def _unclosed(value: str, pairs: Pairs, properties: Mapping[str, Any]) -> str | None:
+    """The parameter that begins within another's value and is closed by that one's tag; None if there is none."""
+    begun = [inner for inner in pairs.parameter.finditer(value) if not properties or inner["key"] in properties]
+    return begun[-1]["key"] if begun and pairs.closing not in value[begun[-1].end() :] else None
+
+
+def _properties(parameters: Any) -> Mapping[str, Any]:
     properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
     return properties if isinstance(properties, Mapping) else {}
 
 
-def typed(text: str, schema: Any) -> Any:
-    """A value that was written without quotes: the text itself, or the JSON that it holds if that is not a string."""
-    if _only_strings(schema):
+def typed(text: str, types: Set[str]) -> Any:
+    """A value that was written without quotes: the JSON that it holds, unless it has to be a string.
+
+    Where a string is one of several types, what reads as another of them is of that one. A string in quotes stays as it
+    was written.
+
+    Args:
+        types: those of JSON that the value may have; none, where it is not known.
+    """
+    if types == {"string"}:
         return text
     try:
         value = loads(text)
     except BrokenJSON:
+        return _python(text) if types & {"object", "array"} else text
+    other = "string" in types and not types & _types_of(value)
+    return text if other or isinstance(value, str) else value
+
+
+def _python(text: str) -> Any:
+    """An object or a list as Python writes it, which some templates do (Seed-OSS); the text if it is neither."""
+    try:
+        value = ast.literal_eval(text.strip())
+        return loads(json.dumps(value)) if isinstance(value, dict | list) else text
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
-    return text if isinstance(value, str) else value
 
 
-def _only_strings(schema: Any) -> bool:
+def _types_of(value: Any) -> set[str]:
+    names = {str: "string", type(None): "null", bool: "boolean", dict: "object", list: "array"}
+    return {names[type(value)]} if type(value) in names else {"number", "integer"} if type(value) is int else {"number"}
+
+
+def _types(schema: Any, root: Any) -> set[str]:
+    """The types of JSON that a schema within ``root`` allows, by its values or options too; empty if unknown."""
+    for _ in range(8):  # a reference may lead to another
+        if not (isinstance(schema, Mapping) and str(schema.get("$ref", "")).startswith("#/")):
+            break
+        target = root
+        for key in schema["$ref"][2:].split("/"):
+            target = target.get(key) if isinstance(target, Mapping) else None
+        schema = target
     if not isinstance(schema, Mapping):
-        return False
+        return set()
     if "type" in schema:
-        return schema["type"] in ("string", ["string"])
-    if isinstance(schema.get("enum"), list):
-        return all(isinstance(value, str) for value in schema["enum"])
-    options = schema.get("anyOf") or schema.get("oneOf")
-    return isinstance(options, list) and all(_only_strings(option) for option in options)
+        named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        return {name for name in named if isinstance(name, str)}
+    if isinstance(values := schema.get("enum", [schema["const"]] if "const" in schema else None), list):
+        return set().union(*map(_types_of, values))
+    options = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
+    return set().union(*(_types(option, root) for option in options)) if isinstance(options, list) else set()

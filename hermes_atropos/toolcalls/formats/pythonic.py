@@ -11,8 +11,9 @@ import re
 from typing import Any
 
 from hermes_atropos.toolcalls.call import ParseStatus, ToolCall, failed_call, named_call
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
+from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan, is_mentioned
 from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.json_block import BlockEnd
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads
 
 OPENING = r"<\|python_start\|>|(?:^|(?<=</think>))[ \t]*(?=\[\s*+[A-Za-z_][\w.]*+\()"
@@ -24,6 +25,7 @@ STRING = (
     r'"(?:[^"\\\n]|\\.)*+")'
 )
 TOKEN = re.compile(STRING + r"|[][(){}]", re.DOTALL)
+FENCE = re.compile(r"^```(?:python)?\s|```$")
 LINE_END = re.compile(r"[ \t]*(?:\n|\Z|<\|)")
 ESCAPE = re.compile(r"\\(?:[4-7][0-7]{2}|(?P<known>[\n'\"\\abfnrtvxNuU0-7])|.)", re.DOTALL)
 
@@ -45,17 +47,41 @@ def read(scan: Scan, opening: re.Match[str]) -> Read:
     return _calls(text[body:stop].strip(), scan.fields(start, stop)), stop
 
 
-def _calls(source: str, fields: dict[str, Any]) -> list[ToolCall]:
+def read_tagged(scan: Scan, opening: re.Match[str], end: BlockEnd) -> Read:
+    """A list of calls, or a call a line, from a tag to ``end``; a tag within a string is data."""
+    text, start = scan.text, opening.start()
+    ends = re.compile(f"{STRING}|(?P<end>{end.pattern.pattern})", re.DOTALL)
+    tag = next((token for token in ends.finditer(text, opening.end()) if token["end"]), None)
+    if tag is None or tag["close"] is None:
+        stop = tag.start() if tag else len(text)
+        if is_mentioned(scan, *opening.span(), closed=False):
+            return [], opening.end()
+        error = f"The calls are not closed: {end.tag} is missing."
+        return [failed_call(ParseStatus.UNCLOSED_BLOCK, error, **scan.fields(start, stop))], stop
+    source = FENCE.sub("", text[opening.end() : tag.start()].strip()).strip()
+    return _calls(source, scan.fields(start, tag.end()), lines=True), tag.end()
+
+
+def _calls(source: str, fields: dict[str, Any], *, lines: bool = False) -> list[ToolCall]:
     try:
-        tree = ast.parse(TOKEN.sub(_with_known_escapes, source), mode="eval").body
+        tree = _parsed(TOKEN.sub(_with_known_escapes, source), lines)
     except SyntaxError as error:
         where = f"line {error.lineno}, column {error.offset}: {error.msg}"
         return [failed_call(ParseStatus.INVALID_JSON, f"The calls are not valid Python: {where}.", **fields)]
     except (ValueError, RecursionError, MemoryError) as error:
         return [failed_call(ParseStatus.INVALID_JSON, f"The calls are not valid Python: {error}.", **fields)]
-    if not isinstance(tree, ast.List) or not tree.elts:
+    if not tree:
         return [failed_call(ParseStatus.MALFORMED, "The calls must be a list, like [name(parameter=1)].", **fields)]
-    return [_call(node, fields) for node in tree.elts]
+    return [_call(node, fields) for node in tree]
+
+
+def _parsed(source: str, lines: bool) -> list[ast.expr]:
+    """The items of the list that the source is or, with ``lines``, its lines; none if it is neither."""
+    statements = ast.parse(source, mode="exec").body
+    values = [statement.value for statement in statements if isinstance(statement, ast.Expr)]
+    if len(values) == len(statements) == 1 and isinstance(values[0], ast.List):
+        return values[0].elts
+    return values if lines and len(values) == len(statements) else []
 
 
 def _with_known_escapes(token: re.Match[str]) -> str:

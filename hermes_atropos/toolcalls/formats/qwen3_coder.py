@@ -18,19 +18,12 @@ import re
 from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
 from hermes_atropos.toolcalls.formats.format import Format, register
 from hermes_atropos.toolcalls.formats.json_block import block_end, wrong_opening
-from hermes_atropos.toolcalls.formats.pairs import Pairs, read_pairs, typed
+from hermes_atropos.toolcalls.formats.pairs import read_pairs, tagged_pairs
 
 END = block_end("</tool_call>", "<tool_call>")
 END_WITHOUT_OPENING = block_end("</function>", "<tool_call>")
 FUNCTION = re.compile(r"\s*<function=(?P<name>[^<>\n]*)>")
-PAIRS = Pairs(
-    parameter=re.compile(r"\s*<parameter=(?P<key>[^<>\n]*)>"),
-    closing="</parameter>",
-    behind=re.compile(r"</parameter>\s*+(?=<parameter=|</function>)"),
-    last=re.compile(r"\s*</function>\s*</tool_call>"),
-    end=END,
-    convert=lambda _, text, schema: typed(text.removeprefix("\n").removesuffix("\n"), schema),
-)
+PAIRS = tagged_pairs(r"<parameter=(?P<key>[^<>\n]*)>", "</parameter>", r"</function>\s*</tool_call>", END)
 
 
 def read(scan: Scan, opening: re.Match[str]) -> Read:

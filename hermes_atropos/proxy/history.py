@@ -1,0 +1,159 @@
+"""A stranger's messages: which recorded answers they hold, whatever the harness did to them on the way."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hermes_atropos.messages import TURN_KEY, Message, call_function, text_of
+from hermes_atropos.tokens import Turn
+
+__all__ = ["History"]
+
+#: In place of a reference: one that no turn has, so that the message stands for none.
+NOBODY = "ambiguous"
+
+#: Where harnesses keep what the model thought, and how they write it into the content.
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+
+
+class Form(NamedTuple):
+    """What an answer says, without what harnesses drop: its reasoning, and white space around the text.
+
+    Attributes:
+        text: the content.
+        calls: name, and arguments as JSON with sorted keys, of each call in order.
+    """
+
+    text: str
+    calls: tuple[tuple[str, str], ...]
+
+
+class Answer(NamedTuple):
+    """What a client was given.
+
+    Attributes:
+        ref: of the turn.
+        message: the assistant's message.
+        form: what it says.
+    """
+
+    ref: str
+    message: Message
+    form: Form
+
+
+class History:
+    """The answers that a session gave, and how they are found again.
+
+    An assistant message of a client is one of them if it has the same text, but for white space around it, and the same
+    calls, in order, whatever became of the reasoning and of the layout of the arguments. The ids of its calls, or the
+    reference where a client hands it back, tell which of several that say the same. Where nothing does, and they are
+    different tokens, the message stands for none: a new branch begins.
+    """
+
+    def __init__(self) -> None:
+        self._by_ref: dict[str, Answer] = {}
+        self._by_call: dict[str, Answer] = {}
+        self._twins: dict[Form, list[Answer]] = {}
+        self._orders: dict[frozenset[str], list[str]] = {}
+
+    def remember(self, turn: Turn, message: Message, siblings: Sequence[Turn]) -> None:
+        """Keep an answer as the client gets it; ``siblings`` are all that were sampled from its prompt."""
+        answer = Answer(turn.ref, message, form_of(message))
+        self._by_ref[turn.ref] = answer
+        for call in message.get("tool_calls") or ():
+            self._by_call[call["id"]] = answer
+        others = [sibling for sibling in siblings if sibling.discarded is None and sibling.ref != turn.ref]
+        alike = [
+            known
+            for sibling in others
+            if sibling.output_ids != turn.output_ids
+            and (known := self._by_ref.get(sibling.ref)) is not None
+            and known.form == answer.form
+        ]
+        if alike:
+            twins = self._twins.setdefault(answer.form, [])
+            twins += [twin for twin in (*alike, answer) if twin not in twins]
+
+    def recognise(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with the references of the answers among them, and results as they were first ordered."""
+        known: list[Message] = []
+        results: list[Message] = []
+        for message in messages:
+            if message["role"] == "tool":
+                results.append(message)
+                continue
+            known += self._ordered(results)
+            results = []
+            known.append(self._recognised(message) if message["role"] == "assistant" else message)
+        return known + self._ordered(results)
+
+    def _recognised(self, message: Message) -> Message:
+        plain = {key: value for key, value in message.items() if key != TURN_KEY}
+        given, text = message.get(TURN_KEY), text_of(message.get("content")) or ""
+        if thought := THOUGHT.match(text):
+            message = plain = plain | {
+                "content": text[thought.end() :].strip(),
+                "reasoning_content": thought[1].strip(),
+            }
+        ids = [call.get("id") for call in message.get("tool_calls") or ()]
+        answer = self._by_ref.get(str(given)) or self._by_call.get(ids[0] if ids else "")
+        if answer is not None and says(message, answer):
+            return plain | {TURN_KEY: answer.ref}
+        if self._twins and (twins := self._twins.get(form_of(message))):
+            reasoning = reasoning_of(message)
+            same = [twin for twin in twins if reasoning and reasoning_of(twin.message) == reasoning]
+            return plain | {TURN_KEY: same[0].ref if len(same) == 1 else NOBODY}
+        return plain
+
+    def _ordered(self, results: list[Message]) -> list[Message]:
+        if len(results) < 2:
+            return results
+        by_id = {str(result.get("tool_call_id")): result for result in results}
+        if len(by_id) < len(results):
+            return results
+        order = self._orders.setdefault(frozenset(by_id), list(by_id))
+        return [by_id[call_id] for call_id in order]
+
+
+def says(message: Message, answer: Answer) -> bool:
+    """Whether a client's message says what the answer said, its calls by the same ids."""
+    calls, given = message.get("tool_calls") or (), answer.message.get("tool_calls") or ()
+    if len(calls) != len(given) or _text(message) != answer.form.text:
+        return False
+    for call, ours in zip(calls, given, strict=True):
+        mine, yours = call_function(call), call_function(ours)
+        if call.get("id") != ours["id"] or mine.get("name") != yours["name"]:
+            return False
+        # Most harnesses hand the text back as it was.
+        if mine.get("arguments") != yours["arguments"] and _arguments(call) != _arguments(ours):
+            return False
+    return True
+
+
+def form_of(message: Message) -> Form:
+    calls = message.get("tool_calls") or ()
+    return Form(_text(message), tuple((str(call_function(call).get("name")), _arguments(call)) for call in calls))
+
+
+def reasoning_of(message: Message) -> str:
+    """What the model thought, where the message tells."""
+    return next((message[key].strip() for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
+
+
+def _text(message: Message) -> str:
+    return (text_of(message.get("content")) or "").strip()
+
+
+def _arguments(call: Mapping[str, Any]) -> str:
+    arguments = call_function(call).get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return arguments.strip()
+    return json.dumps(arguments, sort_keys=True, default=str)

@@ -1,0 +1,87 @@
+"""A folder that a task may change while the folder itself stays as it is, without a copy of it.
+
+An overlay shows a folder, and puts what is changed into another (docs.kernel.org/filesystems/overlayfs.html). It is
+mounted in a mount namespace of its own, which a small process holds; the walls of the task are started there, so that
+its own and its verifier's see the same files. Where that can't be done, a copy is what was asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from hermes_atropos.errors import SandboxError
+
+__all__ = ["Overlay"]
+
+#: Mounts an overlay, says so, and holds the namespace until its input ends.
+HOLD = 'mount -t overlay overlay -o "$1" "$2" && echo mounted && exec cat > /dev/null'
+
+#: Seconds that this may take, on a very busy machine.
+PATIENCE = 60.0
+
+
+class Overlay:
+    """An overlay of a folder, from its construction to :meth:`close`.
+
+    Args:
+        folder: what it shows. Nobody may change it meanwhile.
+        root: a folder of the task's own, for what is changed.
+
+    Attributes:
+        path: where it is in its namespace.
+        seen: where it is from outside, for as long as it is there.
+        enter: how a command is started in its namespace.
+
+    Raises:
+        SandboxError: it can't be mounted, or the changes would not be like those in a copy.
+    """
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        unshare, nsenter = shutil.which("unshare"), shutil.which("nsenter")
+        if unshare is None or nsenter is None:
+            raise SandboxError("An overlay needs unshare and nsenter (util-linux).")
+        if os.stat(folder).st_uid != os.geteuid():
+            raise SandboxError("Who does not own the files of a folder cannot change them in an overlay.")
+        if any(character in str(path) for path in (folder, root) for character in ',:\\"'):
+            raise SandboxError("An overlay's paths have characters of their own: a comma, a colon, a backslash.")
+        self.path = root / "workspace"
+        for path in (root / "changed", root / "work", self.path):
+            path.mkdir(parents=True)
+        namespaces = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
+        options = f"lowerdir={folder},upperdir={root}/changed,workdir={root}/work,userxattr"
+        self._holder = subprocess.Popen(
+            [unshare, *namespaces, "--propagation", "private", "sh", "-c", HOLD, "sh", options, str(self.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={"PATH": os.defpath},
+            start_new_session=True,
+            bufsize=0,
+        )
+        assert self._holder.stdout is not None
+        assert self._holder.stderr is not None
+        answer = select.poll()
+        answer.register(self._holder.stdout, select.POLLIN)
+        if not answer.poll(PATIENCE * 1000) or self._holder.stdout.read(8) != b"mounted\n":
+            self._holder.kill()
+            said = self._holder.stderr.read(1000).decode(errors="replace").strip()
+            self.close()
+            raise SandboxError(f"The overlay cannot be mounted: {said}")
+        self.seen = Path(f"/proc/{self._holder.pid}/root{self.path}")
+        user = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        self.enter: Sequence[str] = (nsenter, f"--target={self._holder.pid}", *user, "--mount", "--")
+
+    def close(self) -> None:
+        """Let go of it; the walls in it must have ended."""
+        self._holder.kill()
+        self._holder.wait()
+        for pipe in (self._holder.stdin, self._holder.stdout, self._holder.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
