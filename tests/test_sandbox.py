@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from support import LIMIT, nothing_left, processes, until
 from tools import terminal_tool
 from tools.environments.local import LocalEnvironment
+from tools.interrupt import set_interrupt
 from tools.process_registry import process_registry
 
 from hermes_atropos.errors import SandboxError, WorkspaceError
@@ -482,6 +483,33 @@ class TestShared:
         assert [told[:3] for told in seen] == [["red", "called", "0"], ["red", "called", "1"], ["blue", "called", "2"]]
         assert len({told[3] for told in seen}) == 3, "by which its processes are known"
         assert len((tmp_path / "logins").read_text().splitlines()) == 2
+
+    def test_a_login_shell_that_fails_is_not_tried_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Hermes waits 30 s for one that hangs: hundreds of tasks would wait one after another."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / ".profile").write_text("echo >> ~/logins\nexit 3\n")
+        for number in range(3):
+            sandbox = HermesSandbox(f"task{number}", tmp_path, private=False)
+            assert sandbox.run("echo works").output == "works\n"
+            sandbox.release()
+        assert len((tmp_path / "logins").read_text().splitlines()) == 1
+
+    def test_a_login_that_was_interrupted_is_made_at_the_next_command(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / ".profile").write_text("export COLOUR=red\necho >> ~/logins\n[ -e ~/quick ] || sleep 20\n")
+        sandbox = HermesSandbox("task", tmp_path, private=False)
+        with ThreadPoolExecutor(1) as pool:
+            thread = pool.submit(threading.get_ident).result()
+            ran = pool.submit(sandbox.run, "echo $COLOUR")
+            until((tmp_path / "logins").exists)
+            set_interrupt(True, thread)
+            assert ran.result().output.strip() == "[Command interrupted]"
+            set_interrupt(False, thread)
+        (tmp_path / "quick").touch()
+        assert sandbox.run("echo $COLOUR").output == "red\n"
+        sandbox.release()
 
     def test_its_processes_end_too(self, tmp_path: Path) -> None:
         with nothing_left():

@@ -195,6 +195,8 @@ class TaskEnvironment(InShells, LocalEnvironment):
         with self._login:
             if not self._logged_in:
                 first = self._log_in()
+                if first is None:
+                    return self._result(Ended(130, "stopped", None), Kept(None), 0)
                 self._launcher = FolderLauncher(
                     self._channel,
                     local._find_bash(),
@@ -205,8 +207,8 @@ class TaskEnvironment(InShells, LocalEnvironment):
         self.cwd = local._resolve_safe_cwd(self.cwd)  # of one that was removed, the one above it
         return InShells.execute(self, *args, **options)
 
-    def _log_in(self) -> bytes:
-        """Find out what a login shell adds; returns what is evaluated before the first command."""
+    def _log_in(self) -> bytes | None:
+        """Find out what a login shell adds; returns what is evaluated before the first command; None if interrupted."""
         if not self._private:
             self._login_variables: Mapping[str, str] = {}
             return self._users_login()
@@ -216,19 +218,23 @@ class TaskEnvironment(InShells, LocalEnvironment):
         self._snapshot_ready = True
         return aliases
 
-    def _users_login(self) -> bytes:
-        """What the user's login shell leaves: found again once the environment or one of the shell's files changes."""
+    def _users_login(self) -> bytes | None:
+        """What the user's login shell leaves: found again once the environment or one of the shell's files changes.
+
+        One that fails leaves nothing, and is not tried again: Hermes waits 30 s for it, in one task after another.
+        """
         session = {name for name in os.environ if name.startswith("HERMES_SESSION")}
         state = (tuple(sorted(without(session, os.environ).items())), shell_files())
         with _login_lock:
             if state not in _users_logins:
                 LocalEnvironment.init_session(self)
-                if not self._snapshot_ready:
-                    return b""
+                if not self._snapshot_ready and is_interrupted():
+                    return None
                 own = "|".join(map(re.escape, {"PWD", "OLDPWD", "SHLVL", "_", *session, *self.env}))
                 own_lines = re.compile(rf"^declare -x ({own})(=.*)?\n".encode(), re.MULTILINE)
                 _users_logins.clear()
-                _users_logins[state] = own_lines.sub(b"", Path(self._snapshot_path).read_bytes())
+                left = Path(self._snapshot_path).read_bytes() if self._snapshot_ready else b""
+                _users_logins[state] = own_lines.sub(b"", left)
             self._snapshot_ready = True
             return _users_logins[state]
 
