@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import run_agent
 from aiohttp import web
+from atroposlib.envs.server_handling.server_manager import ServerManager
 from support import agent_on, check_tokens, run_script, script_environ, terminal, until
-from wire import VLLMWire, WireRequest, hanging
+from wire import MODEL, VLLMWire, WireRequest, hanging
 
 import hermes_atropos
-from hermes_atropos.errors import NoServerError, UnsupportedVersionError
+from hermes_atropos.errors import ConfigurationError, NoServerError, UnsupportedVersionError
 from hermes_atropos.exports.atropos import MASK
 from hermes_atropos.hermes import seams
 from hermes_atropos.hermes.agent import AtroposAIAgent
@@ -98,20 +99,58 @@ def test_programs_need_no_provider() -> None:
     assert found() is resolve_runtime_provider
 
 
-def test_programs_stay_on_the_model_of_the_server() -> None:
+def switch_to(name: str, **options: Any) -> Any:
     """What `/model` asks, in every program; the server has no address to write into the user's configuration."""
+    namespace: dict[str, Any] = {}
+    exec("from hermes_cli.model_switch import switch_model", namespace)
+    return namespace["switch_model"](name, "custom", "scripted", **options)
 
-    def switch(name: str, **options: Any) -> Any:
+
+def test_another_model_of_the_server_is_taken() -> None:
+    """By the agent at work and by those to come; what each session was sampled from stays together."""
+    large, small = (ScriptedServer([f"From {name}."] * 9, model_name=name) for name in ("large", "small"))
+    manager = ServerManager.__new__(ServerManager)
+    manager.servers = [large, small]
+    options: dict[str, Any] = {"quiet_mode": True, "enabled_toolsets": [], "session_id": "one"}
+    with hermes_atropos.exchanged(server=manager, model="large", context_length=50_000) as kind:
+        agent = kind(**options, model="what the configuration says")
+        assert agent.chat("Hello") == "From large."
+        result = switch_to("small")
+        assert (result.success, result.new_model, result.error_message) == (True, "small", "")
+        agent.switch_model(result.new_model, result.target_provider, result.api_key, result.base_url)
+        assert agent.chat("Hello") == "From small."
+        check_tokens(agent.last_result["trajectory"], small.requests)
+        assert kind(**options, model="small").chat("Hello") == "From small."
+        assert kind(**options, model="large").chat("Hello") == "From large."
+
+
+def test_a_model_that_the_server_does_not_have_is_refused() -> None:
+    with hermes_atropos.exchanged(server=ScriptedServer([]), context_length=50_000) as kind:
+        assert switch_to("scripted").success
+        assert "has no model 'gpt-5', but scripted" in switch_to("gpt-5", explicit_provider="openai").error_message
+        assert "leave --global out" in switch_to("scripted", is_global=True).error_message
+        with pytest.raises(ConfigurationError, match="no model 'gpt-5'"):
+            kind(quiet_mode=True).switch_model("gpt-5", "openai")
+
+
+def test_another_model_at_the_address_is_taken() -> None:
+    with VLLMWire(reply="From it.", adapters=("adapter",), context_length=30_000) as wired:
+        search = {"base_url": wired.url, "model": MODEL, "tokenizer": chatml_tokenizer()}
+        with hermes_atropos.exchanged(**search) as kind:
+            assert switch_to("adapter").success
+            assert "does not serve 'gpt-5'" in switch_to("gpt-5").error_message
+            assert kind(quiet_mode=True, enabled_toolsets=[], model="adapter").chat("Hello") == "From it."
+            assert wired.requests[-1].body["model"] == "adapter"
+
+
+def test_the_length_that_programs_show_is_the_server_s() -> None:
+    def shown(model: str) -> Any:
         namespace: dict[str, Any] = {}
-        exec("from hermes_cli.model_switch import resolve_display_context_length, switch_model", namespace)
-        result = namespace["switch_model"](name, "custom", "scripted", **options)
-        length = namespace["resolve_display_context_length"](result.new_model, "custom")
-        return result.success, result.new_model, result.error_message, length
+        exec("from hermes_cli.model_switch import resolve_display_context_length", namespace)
+        return namespace["resolve_display_context_length"](model, "custom")
 
     with hermes_atropos.exchanged(server=ScriptedServer([]), context_length=50_000):
-        assert switch("scripted") == (True, "scripted", "", 50_000)
-        assert "this run is on scripted: for gpt-5, start another" in switch("gpt-5", explicit_provider="openai")[2]
-        assert "leave --global out" in switch("scripted", is_global=True)[2]
+        assert shown("scripted") == 50_000
 
 
 def test_without_a_server_each_agent_looks_where_its_program_says() -> None:

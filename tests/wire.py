@@ -310,7 +310,7 @@ class OpenAIWire(Wire):
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = request[RECORD].body
-        if body["model"] != MODEL:
+        if body["model"] not in {card["id"] for card in self.cards()}:
             return self.no_such_model(body["model"])
         if body.get("tools") and not self.takes_tools:
             message = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'

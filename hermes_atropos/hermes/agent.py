@@ -406,7 +406,7 @@ class AtroposAIAgent(Hooks):
             where |= {"base_url": base_url or where["base_url"], "api_key": api_key or where["api_key"]}
             where["provider"] = new_provider or where["provider"]
         else:
-            where["server"] = serving(where["server"], new_model)
+            where |= self._where_is(new_model)
         before = self._backend, self._route, self._context
         self._backend = connect(self._options, where)
         self._route = route_to(where, self._backend)
@@ -423,6 +423,11 @@ class AtroposAIAgent(Hooks):
             self._backend, self._route, self._context = before
             raise
         self._where, self._options = where, {**self._options, "model": new_model}
+
+    def _where_is(self, model: str) -> dict[str, Any]:
+        """Where this agent's server has a model."""
+        assert self._where is not None
+        return {"server": serving(self._where["server"], model)}
 
     def _others(self) -> set[AtroposAIAgent]:
         """The copies that run conversations of this agent."""

@@ -13,12 +13,13 @@ from typing import Any
 from hermes_atropos.backends import Backend
 from hermes_atropos.backends.context import ask_context_length
 from hermes_atropos.backends.resolve import resolve
+from hermes_atropos.errors import HermesAtroposError
 from hermes_atropos.hermes import seams
 from hermes_atropos.hermes.acting import acting_agent
 from hermes_atropos.hermes.agent import AtroposAIAgent, model_name
 from hermes_atropos.hermes.auxiliary import answered_by
 from hermes_atropos.hermes.hooks import HERMES_PARAMETERS, HERMES_ROUTES
-from hermes_atropos.hermes.requests import IN_PROCESS
+from hermes_atropos.hermes.requests import IN_PROCESS, serving
 from hermes_atropos.hermes.rollout import Rollout
 from hermes_atropos.hermes.terminal import HermesSandbox
 from hermes_atropos.trajectory import AgentResult, Recording, StopReason
@@ -52,7 +53,8 @@ def exchanged(
 
     Args:
         server: as of ``AtroposAIAgent``. Without, each agent looks at the ``base_url`` that its program gives it.
-        base_url, model, api_key: where to find a server, instead of ``server``.
+        base_url, api_key: where to find a server, instead of ``server``.
+        model: the one that programs begin with, of a server that has several; ``/model`` takes the others.
         records: record each conversation in this file, as :class:`Recording` does: after each model call, all that was
             sampled by then. The messages of one session are one conversation, and its tokens go on from message to
             message. What a program asks the model beside it, for a title say, is a record of its own.
@@ -62,35 +64,69 @@ def exchanged(
         The class that stands in place of Hermes'.
 
     Raises:
-        NoServerError, UnsupportedServerError, NoTokenizerError, ChatTemplateError: the model cannot be reached so.
+        NoServerError, UnsupportedServerError, NoTokenizerError, ChatTemplateError, ConfigurationError: the model cannot
+            be reached so.
         UnsupportedVersionError: this release of Hermes lacks something that the library leans on.
     """
     seams.check()
-    if server is not None or base_url is not None:
-        tokenizer, tool_format = options.get("tokenizer"), options.get("tool_format", "auto")
-        backend = resolve(
-            server, tokenizer=tokenizer, base_url=base_url, model=model, api_key=api_key, tool_format=tool_format
-        )
-        # Looked for once: a worker of a program may be a process of its own.
-        options |= {"server": backend.server, "model": model or model_name(backend.server)}
-        options.setdefault("tokenizer", getattr(backend, "tokenizer", None))
     exchange = Exchange(options, None if records is None else Path(records).absolute())
     kind = type("AIAgent", (Exchanged,), {"_exchange": exchange, "__doc__": Exchanged.__doc__})
     with contextlib.ExitStack() as entered:
         entered.enter_context(seams.in_place_of("run_agent", "AIAgent", kind))
-        if "server" in options:
-            runtime = {**IN_PROCESS, "source": "hermes-atropos", "model": options["model"]}
+        if server is not None or base_url is not None:
+            given = {name: options[name] for name in ("tokenizer", "tool_format") if name in options}
+            models = Models(server, model, given | {"base_url": base_url, "api_key": api_key})
+            exchange.models = models
+            runtime = {**IN_PROCESS, "source": "hermes-atropos", "model": models.first}
             entered.enter_context(
                 seams.in_place_of("hermes_cli.runtime_provider", "resolve_runtime_provider", lambda **_: dict(runtime))
             )
-            entered.enter_context(staying_on(options["model"], backend, options.get("context_length")))
-            entered.enter_context(answered_by(backend, options["model"], exchange.record))
+            entered.enter_context(switching_among(models, options.get("context_length")))
+            entered.enter_context(answered_by(models.found[models.first], models.first, exchange.record))
         yield kind
 
 
+class Models:
+    """The models of the server of an exchange, each looked for once: a worker of a program may be a process of its own.
+
+    Attributes:
+        first: the one that the programs are on, until ``/model`` is given another.
+        found: what each is asked through.
+    """
+
+    def __init__(self, server: Any, model: str | None, search: Mapping[str, Any]) -> None:
+        self._server, self._search = server, search
+        self.found: dict[str, Backend] = {}
+        if model is None:
+            backend = resolve(server, **search)
+            model = model_name(backend.server)
+            self.found[model] = backend
+        self.find(model)
+        self.first = model
+
+    def find(self, model: str) -> None:
+        """Look for a model.
+
+        Raises:
+            HermesAtroposError: the server does not have it, or cannot be reached.
+        """
+        if model not in self.found:
+            server = None if self._server is None else serving(self._server, model)
+            self.found[model] = resolve(server, model=model, **self._search)
+
+    def options(self, model: str | None) -> dict[str, Any]:
+        """The arguments of an agent whose program names ``model``: the first instead, where nobody has chosen that.
+
+        It may be what the user's configuration says.
+        """
+        name = model if model in self.found else self.first
+        backend = self.found[name]
+        return {"server": backend.server, "model": name, "tokenizer": getattr(backend, "tokenizer", None)}
+
+
 @contextlib.contextmanager
-def staying_on(model: str, backend: Backend, context_length: int | None) -> Iterator[None]:
-    """For the length of the block, Hermes' ``/model`` takes no other model than the one that all programs are on.
+def switching_among(models: Models, context_length: int | None) -> Iterator[None]:
+    """For the length of the block, Hermes' ``/model`` takes what the server has, and nothing else.
 
     Hermes would look for it at an address that does not exist, and write that address into the user's configuration.
     """
@@ -98,11 +134,14 @@ def staying_on(model: str, backend: Backend, context_length: int | None) -> Iter
     def switch_model(raw_input: str, *_: Any, is_global: bool = False, **__: Any) -> Any:
         from hermes_cli.model_switch import ModelSwitchResult
 
-        name, refusal = raw_input.strip() or model, ""
-        if name != model:
-            refusal = f"this run is on {model}: for {name}, start another with hermes-atropos run --model {name}"
-        elif is_global:
+        model, refusal = raw_input.strip() or models.first, ""
+        if is_global:
             refusal = "the server of this run has no place in the configuration: leave --global out"
+        else:
+            try:
+                models.find(model)
+            except HermesAtroposError as error:
+                refusal = str(error)
         return ModelSwitchResult(
             success=not refusal,
             error_message=refusal,
@@ -112,10 +151,10 @@ def staying_on(model: str, backend: Backend, context_length: int | None) -> Iter
             **{name: IN_PROCESS[name] for name in ("api_key", "base_url", "api_mode")},
         )
 
-    def shown_length(*_: Any, config_context_length: int | None = None, **__: Any) -> int | None:
+    def shown_length(model: str, *_: Any, config_context_length: int | None = None, **__: Any) -> int | None:
         known = context_length or config_context_length
         with contextlib.suppress(TimeoutError):  # the server may run on the loop of this thread
-            known = known or ask_context_length(backend).result(timeout=1)
+            known = known or ask_context_length(models.found[model]).result(timeout=1)
         return known
 
     with (
@@ -132,10 +171,12 @@ class Exchange:
     Attributes:
         options: arguments of each agent.
         records: the file of the records; None for none.
+        models: where the agents are; None leaves that to the programs.
     """
 
     options: Mapping[str, Any]
     records: Path | None
+    models: Models | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -158,8 +199,9 @@ class Exchange:
 
 @dataclass(eq=False)
 class Session:
-    """The conversation of one session, over all of its messages."""
+    """The conversation of one session with one model, over all of its messages."""
 
+    model: str
     rollout: Rollout
     recording: Recording | None
 
@@ -180,16 +222,24 @@ class Exchanged(AtroposAIAgent):
         if parent is not None:
             parent._make_subagent(self, **options)
             return
-        given = self._exchange.options
-        if "server" in given:
-            options = {name: value for name, value in options.items() if name not in HERMES_ROUTES}
-        super().__init__(**{**options, **given})
+        models = self._exchange.models
+        if models is not None:
+            route = models.options(options.get("model"))
+            options = {name: value for name, value in options.items() if name not in HERMES_ROUTES} | route
+        super().__init__(**{**options, **self._exchange.options})
+
+    def _where_is(self, model: str) -> dict[str, Any]:
+        models = self._exchange.models
+        if models is None:
+            return super()._where_is(model)
+        models.find(model)
+        return models.options(model)
 
     def _new_rollout(self, sandbox: HermesSandbox | None) -> Rollout:
         session = self._exchange.take(self.session_id)
-        if session is None:
+        if session is None or session.model != self.model:
             recording = None if self._exchange.records is None else Recording(self._exchange.records)
-            session = Session(super()._new_rollout(sandbox), recording)
+            session = Session(self.model, super()._new_rollout(sandbox), recording)
         session.rollout.sandbox = sandbox
         session.rollout.answered = self._record_so_far if session.recording else None
         self._session = session
