@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import copy
 import itertools
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batches import read
+from batches import Row, read
 from engines import MODEL, Engine, command, environ, free_port
 from environment import Learning
 from processes import Process
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "embedded"))
 from llama import Llama
 
 from hermes_atropos.embedded import MODEL as CHECKPOINT
+from hermes_atropos.environment.config import DiscardedAttempts
 from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB, from_masks
 
 Data = dict[str, Any]
@@ -86,10 +88,15 @@ class Faults:
             self._row("nothing", groups, engine=engine)
             for name, plant in IN_WHAT_WAS_RECORDED.items():
                 self._row(name, [plant(copy.deepcopy(data)) for data in groups])
-            self._row("discarded attempts trained", self._rollouts(url, self._items, discarded_attempts="train"))
             updated = self._updated()
             engine.has(updated, "1")
             self._row("nothing, after an update", self._rollouts(url, self._items), updated)
+        silent = self._silent(read(groups[0]).rows[0])
+        with self._serving() as (engine, url):
+            engine.has(silent, "1")
+            self._row("nothing, where answers are empty", self._rollouts(url, self._items), silent)
+            thrown_away = self._rollouts(url, self._items, discarded_attempts=DiscardedAttempts.TRAIN)
+            self._row("discarded attempts trained, where answers are empty", thrown_away, silent)
         with self._serving() as (engine, url):
             self._rollouts(url, 1)
             Careless(self._engine, url).has(updated, "1")
@@ -111,6 +118,21 @@ class Faults:
             f"| {len(groups) / len(items):.2f} | {comparison.fault() or 'nothing'} |",
             flush=True,
         )
+
+    def _silent(self, row: Row) -> Path:
+        """Weights that say nothing in one of five first answers: Hermes throws these away, and asks again."""
+        model = Llama.load(self._checkpoint)
+        start, end = row.places[0], row.tokens[row.places[-1]]
+        ids = torch.tensor(row.tokens[:start])
+        optimizer = torch.optim.Adam(model.parameters(), lr=2e-5)
+        while True:
+            logprob = torch.log_softmax(model.logits(model(ids[:1], ids[None, 1:])[0, -1]), dim=-1)[end]
+            if logprob > math.log(0.2):
+                model.save(self._folder / "silent", like=self._checkpoint)
+                return self._folder / "silent"
+            optimizer.zero_grad()
+            (-logprob).backward()
+            optimizer.step()
 
     def _updated(self) -> Path:
         """Other weights, as a step of training might leave them."""
