@@ -834,6 +834,24 @@ class TestImages:
         assert request.body["messages"][-1]["content"] == self.PARTS
 
 
+def test_what_the_user_forbids_is_not_run_from_the_next_command_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HERMES_HOME", str(tmp_path))
+    configuration = tmp_path / "config.yaml"
+    configuration.write_text("approvals: {}\n")
+    agent = agent_saying(terminal("echo first"), terminal("echo second"), "Done.")
+
+    def forbid(name: str, *_: Any) -> None:
+        configuration.write_text("approvals: {deny: ['echo second*']}\n")
+
+    agent.tool_progress_callback = forbid
+    messages = agent.run_conversation("Go.")["messages"]
+    first, second = (message["content"] for message in messages if message["role"] == "tool")
+    assert json.loads(first)["output"] == "first"
+    assert "approvals.deny" in second
+
+
 class TestTask:
     async def test_verifier_sees_the_sandbox_as_the_agent_left_it(self) -> None:
         agent = agent_saying(terminal("mkdir deep && cd deep && export COLOUR=red && echo x > made.txt"), "Done.")

@@ -192,6 +192,8 @@ SEAMS: list[Seam] = [
         get_temp_dir=None,
         init_session=None,
     ),
+    Seam("tools.approval", "_get_approval_config", (), since="0.15", until="0.20"),
+    Seam("hermes_cli.config", "load_config_readonly", (), since="0.15", until="0.20"),
     Seam("tools.environments.local", "_append_missing_sane_path_entries", ("existing_path",), since="0.22"),
     Seam("tools.environments.local", "_user_tools_first", ("existing_path",), since="0.22"),
     Seam("tools.environments.base", "touch_activity_if_due", ("state", "label")),
@@ -417,6 +419,15 @@ def _completed(original: Callable[[str], str], existing_path: str) -> str:
     return original(existing_path)
 
 
+def _as_it_stands(agent: Hooks, original: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What the configuration says of approvals: before 0.20, Hermes copied all of it twice a command to read this."""
+    from hermes_cli.config import load_config_readonly
+
+    with contextlib.suppress(Exception):  # Hermes' own says what is wrong
+        return load_config_readonly().get("approvals") or {}
+    return original()
+
+
 def _in_the_sandbox(agent: Hooks, original: Callable[..., Path]) -> Path:
     """Where large results go: from 0.20.6 into Hermes' home, where other rollouts read them, and they stay."""
     sandbox = agent._sandbox
@@ -441,6 +452,7 @@ WRAPPED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("tools.environments.local", "_append_missing_sane_path_entries"): _once_a_path,
     ("tools.environments.local", "_user_tools_first"): _once_a_path,
     ("tools.tool_result_storage", "get_spillover_dir"): _in_the_sandbox,
+    ("tools.approval", "_get_approval_config"): _as_it_stands,
 }
 
 
