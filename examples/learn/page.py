@@ -34,6 +34,7 @@ CURVES = {
     "Clipped": ("share of tokens whose ratio left the bounds", ("clipped",)),
     "Deviation": ("of the recorded logprobs' sum, in standard deviations", ("deviation",)),
     "Age": ("steps between sampling and training, mean and largest", ("age", "age_largest")),
+    "Sequences": ("of a rollout: more than 1 if more is trained than what it led to", ("sequences_a_rollout",)),
     "Seconds": ("waiting for rollouts, and training", ("seconds_drawing", "seconds_training")),
 }
 
