@@ -174,6 +174,43 @@ def test_a_subagent_past_the_library_raises_and_ends_the_rollout(monkeypatch: py
     assert len(server_of(agent).requests) == 1
 
 
+def looked_up(function: str, *args: Any) -> tuple[Any, Any]:
+    """What one of Hermes' functions says to a rollout, and what it says otherwise."""
+    module, _, name = function.rpartition(".")
+    agent = agent_saying("Hi.")
+    with acting_for(agent):
+        ours = getattr(importlib.import_module(module), name)(*args)
+    return ours, getattr(importlib.import_module(module), name)(*args)
+
+
+def test_a_rollouts_configuration_is_the_users_and_the_callers_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HERMES_HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text("agent: {max_turns: 7, since: 2026-01-01}\nlist: [[1], {a: ~}]\n")
+    ours, theirs = looked_up("hermes_cli.config.load_config")
+    assert ours == theirs
+    assert ours["agent"]["max_turns"] == 7
+    ours["agent"]["max_turns"] = 8
+    ours["list"][0].append(2)
+    assert looked_up("hermes_cli.config.load_config")[0] == theirs
+
+
+@pytest.mark.parametrize("where", ["", "deep", "deep/er", "many", "gone"])
+@pytest.mark.parametrize(
+    "marker", ["", "Makefile", "deep/pyproject.toml", "deep/er/AGENTS.md", "many/go.mod", "other.txt"]
+)
+def test_a_rollouts_project_is_what_hermes_finds(tmp_path: Path, where: str, marker: str) -> None:
+    for name in ("deep/er", "many"):
+        (tmp_path / name).mkdir(parents=True)
+    for number in range(1100):
+        (tmp_path / "many" / str(number)).touch()
+    if marker:
+        (tmp_path / marker).touch()
+    ours, theirs = looked_up("agent.coding_context._marker_root", tmp_path / where)
+    assert ours == theirs
+
+
 def test_the_page_on_releases_names_all_that_is_wrapped() -> None:
     page = (Path(__file__).parent.parent / "docs" / "hermes-versions.md").read_text()
     table = page.partition("## What is wrapped in place")[2].partition("\n## ")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 import model_tools
 import pytest
 import test_sandbox
+from agent import coding_context
 from atroposlib.envs.base import APIServerConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,6 +164,13 @@ class TestConfined:
 
     def test_a_tool_that_acts_outside(self, sandbox: HermesSandbox) -> None:
         assert "outside the sandbox" in self.call(sandbox, "web_search", query="x")["error"]
+
+    def test_a_project_of_this_machine(self, sandbox: HermesSandbox, tmp_path: Path) -> None:
+        (tmp_path / "Makefile").touch()
+        subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+        assert coding_context.project_facts_for(tmp_path)["root"] == str(tmp_path)
+        with confined.behind(sandbox.environment()):
+            assert coding_context.project_facts_for(tmp_path) is None
 
     def test_a_file_of_the_same_path_in_another_task_is_not_waited_for(self, sandbox: HermesSandbox) -> None:
         other = WalledSandbox()

@@ -210,13 +210,8 @@ def _lock_path(original: Callable[..., Any], path: Any) -> Iterator[None]:
         lock.release()
 
 
-def _no_note(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Hermes notes when a file of this machine was read or written."""
-    return original(*args, **options) if _current.get() is None else None
-
-
-def _check_tool_call(original: Callable[..., str | None], *args: Any, **options: Any) -> str | None:
-    """Hermes reads AGENTS.md and the like on this machine, in the folders that a call names."""
+def _not_behind_it(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What looks at files of this machine finds nothing."""
     return original(*args, **options) if _current.get() is None else None
 
 
@@ -232,8 +227,11 @@ CONFINED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("tools.image_source", "_is_local_terminal_backend"): _is_local_terminal_backend,
     ("tools.image_source", "_http_block_reason"): _http_block_reason,
     ("tools.file_state", "lock_path"): _lock_path,
-    ("tools.file_state", "record_read"): _no_note,
-    ("tools.file_state", "note_write"): _no_note,
-    ("tools.file_state", "check_stale"): _no_note,
-    ("agent.subdirectory_hints", "SubdirectoryHintTracker.check_tool_call"): _check_tool_call,
+    # Which files were read or written, instructions in the folders that a call names, and the project that one is in.
+    ("tools.file_state", "record_read"): _not_behind_it,
+    ("tools.file_state", "note_write"): _not_behind_it,
+    ("tools.file_state", "check_stale"): _not_behind_it,
+    ("agent.subdirectory_hints", "SubdirectoryHintTracker.check_tool_call"): _not_behind_it,
+    ("agent.coding_context", "_git_root"): _not_behind_it,
+    ("agent.coding_context", "_marker_root"): _not_behind_it,
 }

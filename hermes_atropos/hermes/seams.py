@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from hermes_atropos.errors import UnsupportedVersionError
-from hermes_atropos.hermes import compression, profile
+from hermes_atropos.hermes import compression, lookups, profile
 from hermes_atropos.hermes.acting import acting_agent
 from hermes_atropos.hermes.confined import CONFINED
 from hermes_atropos.hermes.versions import hermes_version
@@ -192,8 +192,12 @@ SEAMS: list[Seam] = [
         get_temp_dir=None,
         init_session=None,
     ),
+    Seam("agent.coding_context", "_git_root", ("cwd",), since="0.18"),
+    Seam("agent.coding_context", "_marker_root", ("cwd",), since="0.18"),
+    Seam("agent.coding_context", "_PROJECT_MARKERS", since="0.18"),
     Seam("tools.approval", "_get_approval_config", (), since="0.15", until="0.20"),
-    Seam("hermes_cli.config", "load_config_readonly", (), since="0.15", until="0.20"),
+    Seam("hermes_cli.config", "load_config", (), since="0.15"),
+    Seam("hermes_cli.config", "load_config_readonly", (), since="0.15"),
     Seam("tools.environments.local", "_append_missing_sane_path_entries", ("existing_path",), since="0.22"),
     Seam("tools.environments.local", "_user_tools_first", ("existing_path",), since="0.22"),
     Seam("tools.environments.base", "touch_activity_if_due", ("state", "label")),
@@ -409,25 +413,6 @@ def _at_once(agent: Hooks, original: Callable[..., float], *args: Any, **options
     return 0.0
 
 
-def _once_a_path(agent: Hooks, original: Callable[[str], str], existing_path: str) -> str:
-    """A PATH with Hermes' own folders. From 0.22 it looks them all up for each command, most of a turn's time."""
-    return _completed(original, existing_path)
-
-
-@functools.lru_cache(maxsize=64)
-def _completed(original: Callable[[str], str], existing_path: str) -> str:
-    return original(existing_path)
-
-
-def _as_it_stands(agent: Hooks, original: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """What the configuration says of approvals: before 0.20, Hermes copied all of it twice a command to read this."""
-    from hermes_cli.config import load_config_readonly
-
-    with contextlib.suppress(Exception):  # Hermes' own says what is wrong
-        return load_config_readonly().get("approvals") or {}
-    return original()
-
-
 def _in_the_sandbox(agent: Hooks, original: Callable[..., Path]) -> Path:
     """Where large results go: from 0.20.6 into Hermes' home, where other rollouts read them, and they stay."""
     sandbox = agent._sandbox
@@ -449,10 +434,12 @@ WRAPPED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("hermes_constants", "get_subprocess_home"): _home,
     ("agent.conversation_loop", "jittered_backoff"): _at_once,
     ("agent.retry_utils", "jittered_backoff"): _at_once,
-    ("tools.environments.local", "_append_missing_sane_path_entries"): _once_a_path,
-    ("tools.environments.local", "_user_tools_first"): _once_a_path,
+    ("tools.environments.local", "_append_missing_sane_path_entries"): lookups.path,
+    ("tools.environments.local", "_user_tools_first"): lookups.path,
     ("tools.tool_result_storage", "get_spillover_dir"): _in_the_sandbox,
-    ("tools.approval", "_get_approval_config"): _as_it_stands,
+    ("hermes_cli.config", "load_config"): lookups.configuration,
+    ("agent.coding_context", "_marker_root"): lookups.project,
+    ("tools.approval", "_get_approval_config"): lookups.approvals,
 }
 
 
