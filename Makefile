@@ -2,6 +2,9 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
+# Python may keep what it compiles: a process that imports Hermes starts in half the time, and the tests start many.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo learn learn-short trl test test-newest format lock compat engines hermes-tests hermes-cli bench soak clean
 
 demo: .venv/installed
