@@ -94,7 +94,8 @@ def table(theirs: set[str], ours: set[str], may_fail: dict[str, str]) -> str:
 # Hermes' own tests
 
 `make hermes-tests CHECKOUT=PATH` runs `{TESTS}` of a clone of hermes-agent twice: with Hermes' class, and with ours in
-its place (`exchanged.py`). Left out are the files whose subject is what our class replaces.
+its place (`exchanged.py`). Left out are the files whose subject is what our class replaces. Three of the tests need the
+package `anthropic`, and fail with both classes without it.
 
 hermes-agent {hermes_version()}: {len(theirs)} tests pass with Hermes' class, {len(theirs & ours)} of them with ours.
 Each of the others is named in `hermes_tests.toml`, with the mechanism that makes it fail.
