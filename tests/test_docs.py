@@ -308,18 +308,20 @@ def test_extending_runs(names: dict[str, Any], address: str, listings: None, cap
 
 async def test_harnesses_runs(names: dict[str, Any], folder: Path, capsys: Any) -> None:
     await asyncio.to_thread(follow, "docs/harnesses.md", names)
-    assert "I heard 'Hello!'. 1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "I heard 'Hello!'. 1" in printed
+    assert "I heard '<tool_response>" in printed, "Hermes ran a command behind the wall"
     async with Proxy(names["server"], records=folder / "rollouts", key="") as proxy:
         scripts = [block for language, block in blocks(ROOT / "docs/harnesses.md") if language == "sh"]
         script = "set -eu\n" + "".join(scripts).replace("http://127.0.0.1:9100", proxy.url)
         environ = {**script_environ(folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         done = await asyncio.create_subprocess_exec("bash", "-c", script, stdout=PIPE, env=environ)
-        printed, _ = await done.communicate()
+        output, _ = await done.communicate()
         assert done.returncode == 0
         assert len(proxy.sessions) == 1, "Hermes' was not ended"
-    assert "I heard 'Hello!'." in printed.decode()
+    assert "I heard 'Hello!'." in output.decode()
     assert json.loads((folder / "trajectory.json").read_text())["trajectory"]["rollout"]["success"]
-    assert printed.decode().rstrip().endswith("'.")
+    assert output.decode().rstrip().endswith("'.")
 
 
 def test_every_page_is_followed() -> None:
