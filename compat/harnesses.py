@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import os
 import subprocess
@@ -157,8 +158,9 @@ def prove_in_process(scenario: str) -> Row:
         agent.compression_enabled = True
         agent.context_compressor.threshold_tokens = int(limit)
         agent.context_compressor.tail_token_budget = 2_000
-    first = agent.run_conversation("Count, please.")
-    second = agent.run_conversation("And again?", conversation_history=first["messages"])
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        first = agent.run_conversation("Count, please.")
+        second = agent.run_conversation("And again?", conversation_history=first["messages"])
     trajectories = [result["trajectory"] for result in (first, second)]
     report = sum((trajectory.fidelity for trajectory in trajectories), FidelityReport())
     sequences = [sequence for trajectory in trajectories for sequence in trajectory.sequences]
