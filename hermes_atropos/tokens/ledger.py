@@ -120,7 +120,11 @@ class Ledger:
         """
         tools = list(tools) if tools else None
         best, done = self._followed(messages, tools)
-        numbers = array("i", [self._numbers.get(_key(message), -1) for message in messages[done:]])
+        numbers = array("i")
+        for message in messages[done:]:
+            numbers.append(self._numbers.get(_key(message), -1))
+            if numbers[-1] < 0:  # nothing that is recorded goes on with it
+                break
         packed = numbers.tobytes()
         end = 0
         chosen = False
@@ -335,11 +339,12 @@ class Ledger:
                     ends.add(place + WIDTH)
                 place = packed.find(boundary, place + 1)
         for start, end in pairwise(sorted(ends)):
-            piece = packed[start:end]
-            if piece not in self._pieces:
+            packed_piece = packed[start:end]
+            piece = self._pieces.get(packed_piece)
+            if piece is None:
                 new = ids[start // WIDTH : end // WIDTH]
-                self._pieces[piece] = tuple(map(_TOKENS.setdefault, new, new))
-            yield self._pieces[piece]
+                piece = self._pieces[packed_piece] = tuple(map(_TOKENS.setdefault, new, new))
+            yield piece
 
     def _fault(
         self,
