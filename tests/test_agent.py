@@ -118,6 +118,7 @@ class TestResult:
         assert result["completed"] is True
         assert result["api_calls"] == 2
         assert "error" not in result
+        assert result["error"] is None
         assert "failed" not in result or result["failed"] is False
         assert result["stop_reason"] is StopReason.COMPLETED
         assert [message["role"] for message in result["messages"]] == ["user", "assistant", "tool", "assistant"]

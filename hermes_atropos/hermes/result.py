@@ -31,6 +31,14 @@ __all__ = [
 Message = dict[str, Any]
 
 
+class Result(dict[str, Any]):
+    """Hermes' result: without a failure it has no key ``error``, as in Hermes, and ``result["error"]`` is None."""
+
+    def __missing__(self, key: str) -> None:
+        if key != "error":
+            raise KeyError(key)
+
+
 def finished(
     result: Mapping[str, Any],
     rollout: Rollout,
@@ -59,7 +67,7 @@ def finished(
         error=fault(result, rollout, reason),
         sampling=rollout.sampling,
     )
-    return {
+    known = {
         "final_response": None,
         "completed": False,
         **result,
@@ -73,6 +81,7 @@ def finished(
         "system_prompt": system_prompt,
         "task_id": task_id,
     }
+    return Result(known)
 
 
 def failed(result: Mapping[str, Any], rollout: Rollout, error: str | None) -> dict[str, Any]:
