@@ -8,7 +8,7 @@ import keyword
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import assume, given, settings
@@ -192,6 +192,17 @@ def minimax(calls: Sequence[Call]) -> str:
     return f"<minimax:tool_call>\n{written}\n</minimax:tool_call>"
 
 
+def minimax_m3(calls: Sequence[Call]) -> str:
+    mark = "]<]minimax[>["
+    written = (
+        "".join(
+            [f'{mark}<invoke name="{f}">', *(f"{mark}<{key}>{plain(value)}{mark}</{key}>" for key, value in x.items())]
+        )
+        for f, x in calls
+    )
+    return f"{mark}<tool_call>\n" + "".join(f"{call}{mark}</invoke>\n" for call in written) + f"{mark}</tool_call>"
+
+
 def seed_oss(calls: Sequence[Call]) -> str:
     head, end = "<seed:tool_call>\n<function=%s>", "</function>\n</seed:tool_call>"
     return invoked(calls, head, "<parameter=%s>\n", "\n</parameter>", end)
@@ -280,6 +291,7 @@ WRITERS: list[tuple[str, Callable[[Sequence[Call]], str]]] = [
     ("internlm", internlm),
     ("functionary", functionary),
     ("minimax", minimax),
+    ("minimax_m3", minimax_m3),
     ("seed_oss", seed_oss),
     ("minicpm", minicpm),
     ("step3", step3),
@@ -580,12 +592,12 @@ class TestDamaged:
         }
     ]
 
-    @pytest.mark.parametrize("write", [qwen3_coder, glm, deepseek_v32, minimax, seed_oss, minicpm, step3])
+    @pytest.mark.parametrize("write", [qwen3_coder, glm, deepseek_v32, minimax, minimax_m3, seed_oss, minicpm, step3])
     def test_a_parameter_that_was_not_closed_does_not_become_part_of_another(self, write: Any) -> None:
         format = next(format for format, each in WRITERS if each is write)
         written = write([("write", {"path": "a.txt", "text": "hello"})])
         head, _, rest = written.partition("a.txt")
-        closing = re.match(r"\s*</[^>]*>", rest)
+        closing = re.match(r"\s*(?:\]<\]minimax\[>\[)?</[^>]*>", rest)
         assert closing is not None
         damaged = head + "a.txt" + rest[closing.end() :]
         content, _, [call] = parse_text(damaged, format=format, tools=self.TOOLS)
@@ -608,6 +620,7 @@ class TestDamaged:
             ("kimi", "I look.<|tool_calls_section_begin|><|tool_call_be"),
             ("deepseek", "I look.\n<｜DSML｜tool_calls>\n<｜DSML｜inv"),
             ("minimax", "I look.\n<minimax:tool_call>\n<invoke na"),
+            ("minimax_m3", "I look.\n]<]minimax[>[<tool_call>\n]<]minimax[>[<inv"),
             ("step3", "<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜>f"),
         ],
     )
@@ -635,6 +648,67 @@ class TestDamaged:
         for end in range(written.index("f", 30), len(written)):
             content, _, [call] = parse_text(written[:end], format="llama3_json")
             assert (content, call.status) == ("I look.", UNCLOSED)
+
+
+class TestValuesWithinValues:
+    """MiniMax-M3 writes objects and lists as tags within tags."""
+
+    PLACE: ClassVar = {"type": "object", "properties": {"path": {"type": "string"}, "line": {"type": "integer"}}}
+    PROPERTIES: ClassVar = {
+        "places": {"type": "array", "items": {"$ref": "#/$defs/Place"}},
+        "item": {"type": "object", "properties": {"item": {"type": "string"}}},
+        "names": {"type": "array", "items": {"type": "string"}},
+        "none": {"type": "array"},
+    }
+    TOOLS: ClassVar = [
+        {
+            "type": "function",
+            "function": {
+                "name": "look",
+                "parameters": {"type": "object", "properties": PROPERTIES, "$defs": {"Place": PLACE}},
+            },
+        }
+    ]
+
+    @staticmethod
+    def written(tags: str) -> str:
+        call = f'<tool_call>\n<invoke name="look">{tags}</invoke>\n</tool_call>'
+        return re.sub("<(?=[^<>]*>)", "]<]minimax[>[<", call)
+
+    def test_they_are_of_the_types_that_the_schema_has_for_them(self) -> None:
+        tags = (
+            "<places><item><path>7</path><line>7</line></item><item><path>a b\n</path></item></places>"
+            "<item><item>7</item></item><names><item>true</item></names><none></none><other><x>7</x></other>"
+        )
+        [call] = parse_text(self.written(tags), format="minimax_m3", tools=self.TOOLS).calls
+        assert call.ok
+        assert call.arguments == {
+            "places": [{"path": "7", "line": 7}, {"path": "a b\n"}],
+            "item": {"item": "7"},
+            "names": ["true"],
+            "none": [],
+            "other": {"x": 7},
+        }
+
+    @pytest.mark.parametrize(
+        ("tags", "fault"),
+        [
+            ("<places><item>7</places>", "'item' is not closed"),
+            ("<places>", "'places' is not closed"),
+            ("<places><item>7</item>rest</places>", "Beside the values in 'places' there is 'rest'"),
+            ("words", "there is 'words'"),
+            ("<deep>" * 200 + "</deep>" * 200, "'deep' is not closed"),
+        ],
+    )
+    def test_damaged_they_are_no_call(self, tags: str, fault: str) -> None:
+        content, _, [call] = parse_text(self.written(tags), format="minimax_m3", tools=self.TOOLS)
+        assert (call.name, call.status, call.arguments, content) == ("look", ODD, {}, None)
+        assert fault in (call.error or "")
+
+    def test_a_call_that_is_not_closed_ends_where_the_next_begins(self) -> None:
+        text = self.written('<names><item>a</item></names><invoke name="look"><names></names>')
+        _, _, [broken, whole] = parse_text(text, format="minimax_m3", tools=self.TOOLS)
+        assert (broken.status, whole.status, whole.arguments) == (UNCLOSED, OK, {"names": []})
 
 
 class TestMentions:

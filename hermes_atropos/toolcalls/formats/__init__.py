@@ -43,6 +43,7 @@ from hermes_atropos.toolcalls.formats import apertus as apertus
 from hermes_atropos.toolcalls.formats import command_r as command_r
 from hermes_atropos.toolcalls.formats import internlm as internlm
 from hermes_atropos.toolcalls.formats import minimax as minimax
+from hermes_atropos.toolcalls.formats import minimax_m3 as minimax_m3
 from hermes_atropos.toolcalls.formats import seed_oss as seed_oss
 from hermes_atropos.toolcalls.formats import minicpm as minicpm
 from hermes_atropos.toolcalls.formats import solar as solar

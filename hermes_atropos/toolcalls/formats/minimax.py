@@ -1,4 +1,4 @@
-"""MiniMax-M2 and M3.
+"""MiniMax-M2.
 
 ::
 
@@ -31,7 +31,7 @@ register(
         name="minimax",
         parse=Blocks(r'<invoke name="(?P<name>[^"<>\n]*)">', read, wrapper="</?minimax:tool_call>").parse,
         mark="<minimax:tool_call>",
-        parsers=("minimax_m2", "minimax_m3"),
+        parsers=("minimax_m2",),
         json_arguments=False,
     )
 )

@@ -13,7 +13,7 @@ from hermes_atropos.toolcalls.formats.blocks import Read, Scan, is_mentioned
 from hermes_atropos.toolcalls.formats.json_block import BlockEnd
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads
 
-__all__ = ["Pairs", "read_pairs", "tagged_pairs", "typed"]
+__all__ = ["Pairs", "read_pairs", "resolved", "tagged_pairs", "typed", "types_of"]
 
 SPACE = re.compile(r"\s*+")
 
@@ -72,7 +72,7 @@ def read_pairs(scan: Scan, start: int, position: int, name: str, pairs: Pairs, t
             fault = f"The value of {key[:80]!r} is not closed by {pairs.closing} where that of {inner[:80]!r} begins."
             break
         try:
-            arguments[key] = pairs.convert(parameter, value, _types(properties.get(key), parameters))
+            arguments[key] = pairs.convert(parameter, value, types_of(properties.get(key), parameters))
         except BrokenJSON as error:
             status, fault = ParseStatus.INVALID_JSON, f"The value of {key[:80]!r} is not valid JSON: {error}."
     last = pairs.last.match(text, position)
@@ -122,7 +122,7 @@ def typed(text: str, types: Set[str]) -> Any:
         value = loads(text)
     except BrokenJSON:
         return _python(text) if types & {"object", "array"} else text
-    other = "string" in types and not types & _types_of(value)
+    other = "string" in types and not types & _types_of_value(value)
     return text if other or isinstance(value, str) else value
 
 
@@ -135,13 +135,13 @@ def _python(text: str) -> Any:
         return text
 
 
-def _types_of(value: Any) -> set[str]:
+def _types_of_value(value: Any) -> set[str]:
     names = {str: "string", type(None): "null", bool: "boolean", dict: "object", list: "array"}
     return {names[type(value)]} if type(value) in names else {"number", "integer"} if type(value) is int else {"number"}
 
 
-def _types(schema: Any, root: Any) -> set[str]:
-    """The types of JSON that a schema within ``root`` allows, by its values or options too; empty if unknown."""
+def resolved(schema: Any, root: Any) -> Any:
+    """What a schema within ``root`` says, or what it refers to."""
     for _ in range(8):  # a reference may lead to another
         if not (isinstance(schema, Mapping) and str(schema.get("$ref", "")).startswith("#/")):
             break
@@ -149,12 +149,18 @@ def _types(schema: Any, root: Any) -> set[str]:
         for key in schema["$ref"][2:].split("/"):
             target = target.get(key) if isinstance(target, Mapping) else None
         schema = target
+    return schema
+
+
+def types_of(schema: Any, root: Any) -> set[str]:
+    """The types of JSON that a schema within ``root`` allows, by its values or options too; empty if unknown."""
+    schema = resolved(schema, root)
     if not isinstance(schema, Mapping):
         return set()
     if "type" in schema:
         named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         return {name for name in named if isinstance(name, str)}
     if isinstance(values := schema.get("enum", [schema["const"]] if "const" in schema else None), list):
-        return set().union(*map(_types_of, values))
+        return set().union(*map(_types_of_value, values))
     options = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
-    return set().union(*(_types(option, root) for option in options)) if isinstance(options, list) else set()
+    return set().union(*(types_of(option, root) for option in options)) if isinstance(options, list) else set()
