@@ -361,6 +361,27 @@ DEEPSEEK_R1 = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}"""
 
+# Calls and results have a place, the tools have none; after results the model just goes on.
+DEEPSEEK_V31 = """\
+{{- bos_token -}}
+{%- for message in messages if message.role == 'system' -%}{{- message.content -}}{%- endfor -%}
+{%- set ns = namespace(within=false) -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}{{- '<｜User｜>' + message.content -}}{%- set ns.within = false -%}
+{%- elif message.role == 'assistant' -%}
+{%- if not ns.within -%}{{- '<｜Assistant｜></think>' -}}{%- endif -%}
+{{- message.content.split('</think>')[-1] -}}
+{%- for call in message.tool_calls or [] -%}
+{%- if loop.first -%}{{- '<｜tool▁calls▁begin｜>' -}}{%- endif -%}
+{{- '<｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' + (call.function.arguments | tojson) + '<｜tool▁call▁end｜>' -}}
+{%- if loop.last -%}{{- '<｜tool▁calls▁end｜>' -}}{%- endif -%}
+{%- endfor -%}
+{{- '<｜end▁of▁sentence｜>' -}}{%- set ns.within = true -%}
+{%- elif message.role == 'tool' -%}{{- '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt and not ns.within -%}{{- '<｜Assistant｜></think>' -}}{%- endif -%}"""
+
 # ── GLM, Kimi, gpt-oss ───────────────────────────────────────────────────────────────────────────────────────────────
 
 GLM_TOKENS = ("<|user|>", "<|assistant|>", "<|observation|>", "<|system|>", "[gMASK]", "<sop>", "<|endoftext|>")
@@ -549,6 +570,18 @@ DEEPSEEK_R1_FAMILY = Family(
     tool_role=False,
     breaks=frozenset(WAYS),
 )
+DEEPSEEK_V31_FAMILY = Family(
+    "DeepSeek V3.1",
+    DEEPSEEK_V31,
+    DEEPSEEK_TOKENS,
+    DEEPSEEK_MARKUP,
+    bos="<｜begin▁of▁sentence｜>",
+    format="deepseek",
+    tools=False,
+    example="<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function_name<｜tool▁sep｜>"
+    '{"parameter": "value"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+    breaks=frozenset({THOUGHT_USER, THOUGHT_RESULT}),
+)
 GLM45_FAMILY = Family(
     "GLM 4.5",
     GLM45,
@@ -584,6 +617,7 @@ FAMILIES = [
     GEMMA_FAMILY,
     DEEPSEEK_V3_FAMILY,
     DEEPSEEK_R1_FAMILY,
+    DEEPSEEK_V31_FAMILY,
     GLM45_FAMILY,
     KIMI_K2_FAMILY,
     GPT_OSS_FAMILY,

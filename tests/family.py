@@ -42,6 +42,7 @@ class Family:
         system, tools, tool_role: whether the template knows system prompts, tools, and the role ``tool``.
         thinks: every answer has reasoning, because the prompt opens it.
         calls: whether the template writes calls; else they are text.
+        example: a call as the system prompt shows it, where the template writes calls but does not describe the tools.
         tags: what the model writes around reasoning.
     """
 
@@ -60,6 +61,7 @@ class Family:
     tool_role: bool = True
     thinks: bool = False
     calls: bool = True
+    example: str | None = None
     tags: tuple[str, str] = THINK
 
     def __repr__(self) -> str:

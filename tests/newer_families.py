@@ -94,6 +94,34 @@ MINIMAX = Family(
     thinks=True,
 )
 
+# A special token precedes each tag of a call; reasoning stays visible, and an answer without it closes it all the same.
+MARK = "]<]minimax[>["
+MINIMAX_M3 = Family(
+    "MiniMax-M3",
+    conversation(
+        head="{{- ']~!b[]~b]developer\\n' + (system or 'You are helpful.') -}}"
+        + TOOLS.replace("%s", f"{{{{- 'Wrap calls in {MARK}<tool_call>{MARK}</tool_call>.' -}}}}")
+        + "{{- '[e~[\\n' -}}",
+        user="{{- ']~b]user\\n' + content + '[e~[\\n' -}}",
+        answer="{{- ']~b]ai\\n' + ('<mm:think>' + thought if thought else '') + '</mm:think>' + content -}}"
+        + calls(
+            f"{{{{- '{MARK}<invoke name=\"' + call.name + '\">' -}}}}{{%- for key, value in call.arguments | items -%}}"
+            f"{{{{- '{MARK}<' + key + '>' + {VALUE} + '{MARK}</' + key + '>' -}}}}{{%- endfor -%}}{{{{- '{MARK}</invoke>\\n' -}}}}",
+            f"{{{{- '{MARK}<tool_call>\\n' -}}}}",
+            f"{{{{- '{MARK}</tool_call>' -}}}}",
+        )
+        + "{{- '[e~[\\n' -}}",
+        result="{%- if messages[loop.index0 - 1].role != 'tool' -%}{{- ']~b]tool' -}}{%- endif -%}"
+        "{{- '\\n<response>' + content + '</response>' -}}"
+        "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{- '[e~[\\n' -}}{%- endif -%}",
+        opening="{{- ']~b]ai\\n' -}}",
+    ),
+    ("[e~[", "]~!b[", "]~b]", MARK),
+    ("<mm:think>", "</mm:think>"),
+    format="minimax_m3",
+    tags=("<mm:think>", "</mm:think>"),
+)
+
 DSML = "｜DSML｜"
 DEEPSEEK_V4 = Family(
     "DeepSeek V4",
@@ -348,6 +376,7 @@ GEMMA4 = Family(
 
 FAMILIES = [
     MINIMAX,
+    MINIMAX_M3,
     DEEPSEEK_V4,
     GRANITE_33,
     GRANITE_4,

@@ -65,7 +65,7 @@ class Answer:
         else:
             said = self.text
         end = (family.call_end if calls else None) or family.special[0]
-        written = WRITERS[family.format if family.tools else "hermes"](calls) if calls else ""
+        written = WRITERS[family.format if family.tools or family.example else "hermes"](calls) if calls else ""
         return thought + said + written, None if self.cut else end
 
     def _thinking(self, family: Family) -> str:

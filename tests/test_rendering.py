@@ -98,7 +98,10 @@ def in_terms_of(family: Family, messages: Messages, tools: Any) -> tuple[Message
     calls_as_text = not (family.tool_role and family.calls) or (family is families.HERMES3_FAMILY and not tools)
     if tools and not family.tools:
         head, rest = ("", messages) if messages[0]["role"] != "system" else (messages[0]["content"], messages[1:])
-        messages, tools = [system("\n\n".join(text for text in (head, tools_prompt(tools)) if text)), *rest], None
+        messages, tools = (
+            [system("\n\n".join(text for text in (head, tools_prompt(tools, family.example)) if text)), *rest],
+            None,
+        )
     names: dict[str, str] = {}
     for message in messages:
         functions = [(call["id"], call["function"]) for call in message.get("tool_calls", ())]
@@ -476,6 +479,19 @@ class TestTurns:
             & {"<|im_start|>", "<|start|>", "<|end|>", "<|assistant|>", "<start_of_turn>"}
         )
 
+    def test_an_end_behind_content_that_follows_calls(self) -> None:
+        template = (
+            "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' -}}"
+            "{%- for call in message.tool_calls or [] -%}"
+            "{%- set made = {'name': call.function.name, 'arguments': call.function.arguments} -%}"
+            "{{- '<tool_call>\n' + (made | tojson) + '\n</tool_call>' -}}"
+            "{%- endfor -%}{{- message.content + '<|im_end|>\n' -}}{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+        )
+        tokenizer = make_tokenizer(template, ("<|im_end|>", "<|im_start|>", "</s>"), eos="</s>")
+        ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+        assert renderer_for(tokenizer).stop_token_ids == frozenset(ends)
+
     @pytest.mark.parametrize("cut", [False, True], ids=["ended", "cut off"])
     def test_the_end_is_not_part_of_the_answer(self, cut: bool) -> None:
         tokenizer = chatml_tokenizer()
@@ -623,6 +639,18 @@ class TestTerms:
         renderer = RENDERERS["A user's own"]
         text = renderer.decode(renderer.render([system("Be brief."), user("Go.")], TOOLS))
         assert text.startswith(f"<s>Be brief.\n\n{tools_prompt(TOOLS)}\n\n### Instruction:\nGo.")
+
+    def test_a_template_that_writes_calls_without_describing_tools(self) -> None:
+        """The prompt shows a call as the template writes it, unless the user says that the model writes another."""
+        family = families.DEEPSEEK_V31_FAMILY
+        own, told = RENDERERS[family.name], renderer_for(TOKENIZERS[family.name], tool_format="hermes")
+        messages = [system("Be brief."), user("Go."), calls("a"), result("a", "x")]
+        assert f"write:\n{family.example}\n" in own.decode(own.render(messages, TOOLS))
+        assert '<｜tool▁sep｜>{"text": "last words"}' in own.decode(own.render(messages, TOOLS))
+        assert "<tool_call>" not in own.decode(own.render(messages, TOOLS))
+        assert told.tool_format == "hermes"
+        assert tools_prompt(TOOLS) in told.decode(told.render(messages, TOOLS))
+        assert '<tool_call>\n{"name": "terminal"' in told.decode(told.render(messages, TOOLS))
 
 
 class Recording:

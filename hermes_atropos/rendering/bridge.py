@@ -98,11 +98,12 @@ class TemplateRenderer(Renderer):
         names = sorted(self.encode.special, key=len, reverse=True)
         special = re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
         self._template = template
+        told = "auto" if tool_format == "auto" else format_named(tool_format).name
         eos = getattr(tokenizer, "eos_token", None)
         self._layouts: dict[bool, Layout] = {}
         for with_tools in (False, True):
             try:
-                self._layouts[with_tools] = Layout(template, special, eos, with_tools=with_tools)
+                self._layouts[with_tools] = Layout(template, special, eos, with_tools=with_tools, tool_format=told)
             except ChatTemplateError as error:  # a template for conversations with tools alone
                 if with_tools and not self._layouts:
                     raise ChatTemplateError(
@@ -112,7 +113,7 @@ class TemplateRenderer(Renderer):
         self._check_ids()
         self._verdicts: dict[Shape, Verdict] = {}
         layout = self._layout(True)
-        self.tool_format = layout.call_format() if tool_format == "auto" else format_named(tool_format).name
+        self.tool_format = layout.call_format() if told == "auto" else told
         self.reasoning_tags = layout.reasoning_tags
         ids = self.encode.special
         stops = {name for layout in self._layouts.values() for name in layout.stops} | ids.keys() & set(OTHER_ENDS)

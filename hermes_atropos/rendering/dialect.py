@@ -13,7 +13,8 @@ from typing import Any
 from hermes_atropos.errors import ChatTemplateError
 from hermes_atropos.messages import SAMPLED_KEY, Message, Tool, call_function, text_of, tool_call_block
 from hermes_atropos.rendering.tokenizers import template_text
-from hermes_atropos.toolcalls import tool_response, tools_prompt
+from hermes_atropos.toolcalls import ToolCall, tool_response, tools_prompt
+from hermes_atropos.toolcalls.formats import format_reading
 
 __all__ = ["ChatTemplate", "Dialect", "with_named_ids"]
 
@@ -110,6 +111,7 @@ class Dialect:
         stray_results: it takes the result of a call that stands as text in an answer; else a user says it.
         named_ids: it writes the id of a call in place of the name (Kimi): the id has to hold that.
         thinks_in_content: it writes reasoning that stands between ``<think>`` tags in the content.
+        example: a call as it writes them, where the system prompt describes the tools; None: as Hermes does.
     """
 
     tools: bool
@@ -131,10 +133,14 @@ class Dialect:
     stray_results: bool = True
     named_ids: bool = False
     thinks_in_content: bool = False
+    example: str | None = None
 
     @classmethod
-    def learn(cls, template: ChatTemplate, *, with_tools: bool) -> Dialect:
+    def learn(cls, template: ChatTemplate, *, with_tools: bool, tool_format: str = "auto") -> Dialect:
         """Probe a template, with tools or without (some tokenizers have another template where there are tools).
+
+        A template that does not describe the tools may write calls all the same: they count if they are read, as
+        ``tool_format`` if that says how.
 
         Raises:
             ChatTemplateError: it does not even write what a user says, before an answer or behind one.
@@ -155,12 +161,19 @@ class Dialect:
             # A template that wants text may write an object as Python does.
             return shows([USER, call], value) and not shows([USER, call], "'probe-value'")
 
-        # Where the prompt has to describe the tools, it says how to call them, and calls are written as it says.
-        calling = describes or not with_tools
+        def reads_call(arguments: Any, content: str | None) -> bool:
+            written = template([USER, probe_call("", arguments=arguments, content=content)], open_turn=False)
+            format = format_reading(written, lambda read: any(map(_is_probe_call, read.calls)), [PROBE_TOOL])
+            return format is not None and tool_format in ("auto", format.name)
+
+        def calls_with(arguments: Any, content: str | None) -> bool:
+            known = describes or not with_tools
+            return writes_call(arguments, content) and (known or reads_call(arguments, content))
+
         as_object, as_text, blank = False, False, None
         for blank in ("", None):
-            as_object = calling and writes_call({"value": "probe-value"}, blank)
-            as_text = calling and writes_call('{"value": "probe-value"}', blank)
+            as_object = calls_with({"value": "probe-value"}, blank)
+            as_text = calls_with('{"value": "probe-value"}', blank)
             if as_object or as_text:
                 break
         calls = as_object or as_text
@@ -225,7 +238,7 @@ class Dialect:
             messages = _stray_results_as_users(messages)
         plain = [self._plain(message) for message in messages]
         if tools and not self.tools:
-            plain = _with_system(plain, tools_prompt(tools))
+            plain = _with_system(plain, tools_prompt(tools, self.example))
             tools = None
         if not self.several_calls:
             plain = _one_call_each(plain, self.blank)
@@ -304,6 +317,10 @@ class Dialect:
         if self.long_ids or re.fullmatch("[A-Za-z0-9]{9}", call_id):
             return call_id
         return hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+
+def _is_probe_call(call: ToolCall) -> bool:
+    return call.ok and (call.name, call.arguments) == (PROBE_NAME, {"value": "probe-value"})
 
 
 def _called_names(messages: Sequence[Message]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from hermes_atropos.errors import ChatTemplateError
@@ -23,7 +24,7 @@ from hermes_atropos.rendering.dialect import (
     think,
 )
 from hermes_atropos.toolcalls import ParsedText
-from hermes_atropos.toolcalls.formats import FORMATS, REASONING_TAGS, format_marked, format_reading
+from hermes_atropos.toolcalls.formats import FORMATS, REASONING_TAGS, Format, format_marked, format_reading
 
 __all__ = ["Layout", "TurnEnd", "Unproven"]
 
@@ -76,9 +77,17 @@ class Layout:
             writes none.
     """
 
-    def __init__(self, template: ChatTemplate, special: re.Pattern[str], eos: str | None, *, with_tools: bool) -> None:
+    def __init__(
+        self,
+        template: ChatTemplate,
+        special: re.Pattern[str],
+        eos: str | None,
+        *,
+        with_tools: bool,
+        tool_format: str = "auto",
+    ) -> None:
         self.template = template
-        self.dialect = Dialect.learn(template, with_tools=with_tools)
+        self.dialect = Dialect.learn(template, with_tools=with_tools, tool_format=tool_format)
         self._tools = [PROBE_TOOL] if with_tools else None
         self._special = special
         self._eos = eos
@@ -91,6 +100,8 @@ class Layout:
         context = self.context(system=False, after_tools=False)
         opening = self.text(context)[len(self.text(context, open_turn=False)) :]
         self.stops -= {*self._find_inner(), *special.findall(opening)}
+        if with_tools and self.dialect.calls and not self.dialect.tools:
+            self.dialect = replace(self.dialect, example=self._example())
 
     def text(self, messages: Sequence[Message], *, open_turn: bool = True) -> str:
         """What the template writes of a synthetic conversation."""
@@ -169,16 +180,10 @@ class Layout:
         Raises:
             ChatTemplateError: no format reads it.
         """
-        if not self.dialect.tools:
-            return "hermes"
         if self.dialect.calls:
-            written = self._written_calls()
-            said = written[0]
-            read = (
-                format_reading(text, functools.partial(_is_probe_call, text), self._tools, self.reasoning_tags)
-                for text in written
-            )
-            format = next(filter(None, read), None)
+            said, format = self._own_call()
+        elif not self.dialect.tools:
+            return "hermes"
         else:
             said = self.text([USER])
             format = format_marked(said) or format_marked(self._special.pattern.replace("\\", ""))
@@ -190,6 +195,22 @@ class Layout:
                 "hermes_atropos.toolcalls.formats.register"
             )
         return format.name
+
+    def _own_call(self) -> tuple[str, Format | None]:
+        """What the template writes of a call, and the format that reads it, if any does."""
+        written = self._written_calls()
+        for text in written:
+            fits = functools.partial(_is_probe_call, text)
+            if format := format_reading(text, fits, [PROBE_TOOL], self.reasoning_tags):
+                return text, format
+        return written[0], None
+
+    def _example(self) -> str:
+        """A call as the template writes it, of a function and with a value that no tool has."""
+        said, _ = self._own_call()
+        return (
+            said.replace("value", "parameter").replace(ANSWER, "value").replace(PROBE_NAME, "function_name").strip()
+        ).replace(PROBE_ID, "call00001")
 
     def _written_calls(self) -> list[str]:
         """What the template writes of a turn that calls the probe's tool, as a model would sample it.
@@ -240,7 +261,8 @@ class Layout:
                 text = self.text([USER, self.turn(calls, thought=THOUGHT)], open_turn=False)
             except ChatTemplateError:
                 continue
-            inner.update(self._special.findall(text.partition(THOUGHT)[2].partition(ANSWER)[0]))
+            between, answered, _ = text.partition(THOUGHT)[2].partition(ANSWER)
+            inner.update(self._special.findall(between) if answered else ())
         return inner
 
     def _find_reasoning_tags(self) -> tuple[str, str]:

@@ -19,22 +19,27 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def tools_prompt(tools: Sequence[Tool]) -> str:
+def tools_prompt(tools: Sequence[Tool], example: str | None = None) -> str:
     """What the system prompt says of the tools where the chat template has no place for them.
 
-    The tools stand between ``<tools>`` tags, one JSON object a line, schemas in full; then follow the tags of a call
-    and a call's own schema. Empty without tools.
+    The tools stand between ``<tools>`` tags, one JSON object a line, schemas in full; then follows how to call them: as
+    in ``example``, where the template writes calls in a format of its own, else between the tags of a Hermes call, with
+    a call's own schema. Empty without tools.
     """
     functions = functions_of(tools)
     if not functions:
         return ""
     lines = "\n".join(_dumps({"type": "function", "function": function}) for function in functions.values())
-    return (
+    head = (
         "# Tools\n\n"
         "You can call the functions below. Each line between <tools> and </tools> is one function with the JSON schema"
         " of its parameters.\n"
         f"<tools>\n{lines}\n</tools>\n\n"
-        "To call a function, write a JSON object between <tool_call> and </tool_call>:\n"
+    )
+    if example is not None:
+        return f"{head}To call a function, write:\n{example}\nAfter your calls, stop: then you get their results."
+    return (
+        f"{head}To call a function, write a JSON object between <tool_call> and </tool_call>:\n"
         '<tool_call>\n{"name": "function name", "arguments": {"parameter": "value"}}\n</tool_call>\n'
         f"The object fits this schema: {_dumps(call_schema())}\n"
         "Write valid JSON: double quotes, newlines within strings as \\n. You may think between <think> and </think>"
