@@ -139,6 +139,7 @@ async def test_an_abort_without_new_weights_is_no_mixture() -> None:
         await backend.sample([USER])
         [sequence] = map(data, backend.ledger.sequences())
     [turn] = backend.ledger.turns
+    assert list(turn.output_ids) == [*wired.encode(SAID), wired.tokenizer.eos_token_id]
     assert [(part.start, part.end, part.version) for part in turn.weights] == [(0, len(turn.output_ids), "step-1")]
     assert (sequence.weights_versions, sequence.mixed_weights) == (["step-1"], False)
 

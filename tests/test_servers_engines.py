@@ -248,6 +248,16 @@ async def test_generates_echo_is_read() -> None:
         assert (await ask(connect(VLLMGenerateServer, wired), [5, 6], max_tokens=2))[0] == [9, 9]
 
 
+async def test_generate_may_have_no_lists_for_an_answer_that_was_aborted_before_its_first_token() -> None:
+    def emptied(answer: dict[str, Any]) -> None:
+        answer["choices"][0] |= {"token_ids": None, "logprobs": None, "weight_versions": None, "finish_reason": "abort"}
+
+    with VLLMWire(generate="alone") as wired:
+        wired.faults = [wire.changed(emptied)]
+        answer = await ask(connect(VLLMGenerateServer, wired), [5, 6], max_tokens=2)
+    assert answer == ([5, 6], [[]], [[]], [{"type": "abort"}])
+
+
 @pytest.mark.parametrize("name", ENGINES)
 async def test_one_short_answer_shows_what_the_logprobs_are_of(name: str) -> None:
     cls, make = PROTOCOLS[name]
