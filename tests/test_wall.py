@@ -426,6 +426,14 @@ class TestLimits:
         sandbox.release()
         assert not any(path.exists() for path in folders)
 
+    def test_groups_of_a_process_that_was_killed_are_removed(self, tmp_path: Path) -> None:
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        for process in (ended.pid, os.getpid()):
+            (tmp_path / f"hermes-atropos-{process}-0123456789ab").mkdir()
+        limits.remove_leftovers(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [f"hermes-atropos-{os.getpid()}-0123456789ab"]
+
     def test_where_no_groups_can_be_made(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(limits, "hierarchies", dict)
         assert "setrlimit" in limits.mechanisms()["memory"]

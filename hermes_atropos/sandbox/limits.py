@@ -155,7 +155,17 @@ def hierarchies() -> Mapping[str, Hierarchy]:
                     continue
                 if controller in hierarchy.controllers and can_make_groups(hierarchy.folder):
                     found.setdefault(controller, hierarchy)
+    for hierarchy in found.values():
+        remove_leftovers(hierarchy.folder)
     return found
+
+
+def remove_leftovers(folder: Path) -> None:
+    """The groups of processes that were killed; the kernel keeps those that are in use."""
+    for group in folder.glob("hermes-atropos-*-*"):
+        if not Path("/proc", group.name.split("-")[2]).exists():
+            with contextlib.suppress(OSError):
+                group.rmdir()
 
 
 def own_groups() -> Iterator[tuple[str, str]]:
