@@ -11,6 +11,7 @@ the kernel promises.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib.util
@@ -23,7 +24,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,14 +65,11 @@ while read -r verb what number; do
 done 2>/dev/null
 """
 
-#: What programs need of /etc, and what tells nothing of the machine's users and services. A file is copied: each mount
-#: takes its time.
+#: What programs need of /etc, and what tells nothing of the machine's users and services.
 ETC = (
     *("bash.bashrc", "ca-certificates.conf", "debian_version", "gai.conf", "host.conf", "inputrc", "ld.so.cache"),
     *("ld.so.conf", "locale.alias", "localtime", "login.defs", "magic", "magic.mime", "mime.types", "nsswitch.conf"),
     *("os-release", "profile", "protocols", "services", "shells", "ssl/openssl.cnf", "timezone"),
-)
-ETC_FOLDERS = (
     *("alternatives", "fonts", "java-17-openjdk", "java-21-openjdk", "pki/ca-trust", "pki/tls/certs", "profile.d"),
     "ssl/certs",
 )
@@ -177,8 +174,42 @@ def version_of(path: str) -> tuple[int, ...]:
     return tuple(map(int, match[1].split("."))) if match else ()
 
 
-#: Held while a wall is being started.
-_starting = threading.Lock()
+@functools.cache
+def etc(process: int) -> Path:
+    """What every wall of this process has as /etc: one folder, because each mount takes its time."""
+    folder = Path(tempfile.mkdtemp(prefix="hermes-atropos-etc-"))
+    folder.chmod(0o755)
+    atexit.register(remove_own, folder, process)
+    for name in ETC:
+        shown, path = folder / name, Path("/etc", name)
+        shown.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(PermissionError, shutil.Error):  # what this user may not read is not there
+            if path.is_dir():
+                shutil.copytree(path, shown, symlinks=True)
+            elif path.is_symlink() and os.path.realpath(path).startswith("/usr/"):
+                shown.symlink_to(os.path.realpath(path))
+            elif path.is_file():
+                shutil.copyfile(path, shown)
+    (folder / "passwd").write_text(
+        f"{USER}:x:{USER_ID}:{USER_ID}::{HOME}:/bin/bash\nnobody:x:65534:65534::/:/usr/sbin/nologin\n"
+    )
+    (folder / "group").write_text(f"{USER}:x:{USER_ID}:\nnogroup:x:65534:\n")
+    (folder / "hosts").write_text("127.0.0.1 localhost sandbox\n::1 localhost\n")
+    (folder / "resolv.conf").touch()
+    return folder
+
+
+def remove_own(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not in a fork
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def piped(content: bytes) -> int:
+    """A descriptor from which that can be read; it has to fit into a pipe."""
+    read, write = os.pipe()
+    with open(write, "wb") as file:
+        file.write(content)
+    return read
 
 
 class Wall(Launcher):
@@ -210,27 +241,34 @@ class Wall(Launcher):
         program, _ = bubblewrap()
         mounts = list(self._mounts(root, options.mounts))
         information, tell = os.pipe()
+        inherited = [tell]
+        if (refused := seccomp_filter()) is not None:
+            inherited.append(piped(refused))
+        arguments = [
+            *(*enter, program, "--info-fd", str(tell)),
+            *(("--seccomp", str(inherited[1])) if refused is not None else ()),
+            *self._arguments(folders, options, mounts),
+        ]
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(
+                arguments,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={"PATH": os.defpath},
+                pass_fds=inherited,
+                start_new_session=True,
+                bufsize=0,
+            )
+
         with open(information, "rb", buffering=0) as told:
-            # What is passed is two dozen descriptors: too many to be open for hundreds of walls at once.
-            with _starting, contextlib.ExitStack() as held:
-                held.callback(os.close, tell)
-                arguments = [program, *self._arguments(folders, options, mounts, held)]
-                inherited = [tell, *self._inherited]
-
-                def start() -> subprocess.Popen[bytes]:
-                    return subprocess.Popen(
-                        [*enter, arguments[0], "--info-fd", str(tell), *arguments[1:]],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.PIPE,
-                        env={"PATH": os.defpath},
-                        pass_fds=inherited,
-                        start_new_session=True,
-                        bufsize=0,
-                    )
-
+            try:
                 # bubblewrap ends with the thread that started it: one that lives as long as this process.
                 self._bubblewrap = starter().submit(start).result()
+            finally:
+                for descriptor in inherited:
+                    os.close(descriptor)
             try:
                 self._await_ready()
             except BaseException:
@@ -243,34 +281,11 @@ class Wall(Launcher):
         self._standing = True
 
     def _arguments(
-        self,
-        folders: Mapping[str, tuple[Path, bool]],
-        options: WallOptions,
-        mounts: Sequence[str],
-        held: contextlib.ExitStack,
+        self, folders: Mapping[str, tuple[Path, bool]], options: WallOptions, mounts: Sequence[str]
     ) -> Iterator[str]:
-        self._inherited: list[int] = []
-
-        def passed(descriptor: int) -> str:
-            held.callback(os.close, descriptor)
-            self._inherited.append(descriptor)
-            return str(descriptor)
-
-        def text(content: str) -> str:
-            return data(content.encode())
-
-        def data(content: bytes) -> str:
-            read, write = os.pipe()
-            with open(write, "wb") as file:
-                file.write(content)
-            return passed(read)
-
         yield from ("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try")
         if not options.network:
             yield "--unshare-net"
-        refused = seccomp_filter()
-        if refused is not None:
-            yield from ("--seccomp", data(refused))
         yield from ("--disable-userns", "--cap-drop", "ALL", "--die-with-parent", "--as-pid-1")
         yield from ("--uid", str(USER_ID), "--gid", str(USER_ID), "--hostname", "sandbox")
         yield from ("--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev")
@@ -282,19 +297,9 @@ class Wall(Launcher):
                 yield from ("--symlink", os.readlink(path), str(path))
             elif path.exists():
                 yield from ("--ro-bind", str(path), str(path))
-        for name in (*ETC, "resolv.conf") if options.network else ETC:
-            path = Path("/etc", name)
-            if path.is_symlink() and os.path.realpath(path).startswith("/usr/"):
-                yield from ("--symlink", os.path.realpath(path), str(path))
-            elif path.is_file():
-                yield from ("--file", passed(os.open(path, os.O_RDONLY | os.O_CLOEXEC)), str(path))
-        for name in ETC_FOLDERS:
-            if os.path.isdir(f"/etc/{name}"):
-                yield from ("--ro-bind", f"/etc/{name}", f"/etc/{name}")
-        shell = f"{USER}:x:{USER_ID}:{USER_ID}::{HOME}:/bin/bash\n"
-        yield from ("--file", text(shell + "nobody:x:65534:65534::/:/usr/sbin/nologin\n"), "/etc/passwd")
-        yield from ("--file", text(f"{USER}:x:{USER_ID}:\nnogroup:x:65534:\n"), "/etc/group")
-        yield from ("--file", text("127.0.0.1 localhost sandbox\n::1 localhost\n"), "/etc/hosts")
+        yield from ("--ro-bind", str(etc(os.getpid())), "/etc")
+        if options.network and os.path.exists("/etc/resolv.conf"):
+            yield from ("--ro-bind", os.path.realpath("/etc/resolv.conf"), "/etc/resolv.conf")
         for place in (TEMPORARY, HOME, "/dev/shm"):
             mode, size = "0700" if place == HOME else "1777", str(options.limits.space_bytes)
             yield from ("--perms", mode, "--size", size, "--tmpfs", place)
