@@ -95,8 +95,11 @@ async def check(engine: Engine, tokenizer: Any, seen: Seen) -> None:
             for name, path in PATHS.items():
                 async with updates(engine, server, ROLLOUTS[name]):
                     seen.ran(f"{of_kind}, `{name}`", await path(server, tokenizer, ROLLOUTS[name]))
-            async with updates(engine, server, 32):
-                default = await of_the_small_agent(server, tokenizer, 32, max_tokens=None)
+            for _ in range(3):  # on a busy machine the new weights may come when all have been answered
+                async with updates(engine, server, 32):
+                    default = await of_the_small_agent(server, tokenizer, 32, max_tokens=None)
+                if any(aborts for _, aborts in default.ends):
+                    break
             seen.ran(f"{of_kind}, `AtroposAgent`, default settings", default)
             hot = await of_the_small_agent(server, tokenizer, 8, temperature=0.7)
             seen.ran(f"{of_kind}, `AtroposAgent`, temperature 0.7", hot, 0.7)
