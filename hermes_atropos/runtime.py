@@ -9,6 +9,7 @@ loop has used yet, it is the portal: a loop on a thread of this module that live
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import contextvars
@@ -200,6 +201,8 @@ class Turnstile:
 
     def __init__(self, *, patience_s: float = 10.0) -> None:
         self._place = threading.Lock()
+        self._first: collections.deque[threading.Lock] = collections.deque()  # who waits for it before all others
+        self._passing = threading.Lock()
         self._patience_s = patience_s
         self._thread = threading.local()
 
@@ -227,13 +230,44 @@ class Turnstile:
         finally:
             self._enter()
 
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Hold the place, before all who wait to be ``inside``: for what is short and waited for, such as a release."""
+        if self._held:
+            yield
+            return
+        self._thread.held = self._wait_first()
+        try:
+            yield
+        finally:
+            self._leave()
+
     def _enter(self) -> None:
         self._thread.held = self._place.acquire(timeout=self._patience_s)
+
+    def _wait_first(self) -> bool:
+        turn = threading.Lock()
+        with self._passing:
+            if self._place.acquire(blocking=False):
+                return True
+            turn.acquire()
+            self._first.append(turn)
+        if turn.acquire(timeout=self._patience_s):
+            return True
+        with self._passing:
+            if turn in self._first:
+                self._first.remove(turn)
+                return False
+        return True  # it was passed on just now
 
     def _leave(self) -> None:
         if self._held:
             self._thread.held = False
-            self._place.release()
+            with self._passing:
+                if self._first:
+                    self._first.popleft().release()  # the place is passed on
+                else:
+                    self._place.release()
 
     @property
     def _held(self) -> bool:

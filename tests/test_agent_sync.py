@@ -38,6 +38,9 @@ from support import (
 
 from hermes_atropos import AtroposAIAgent, StopReason
 from hermes_atropos.errors import BlockingCallError
+from hermes_atropos.hermes.environments import InShells
+from hermes_atropos.runtime import turnstile
+from hermes_atropos.sandbox.shell import Shells
 from hermes_atropos.testing import Reply, ScriptedServer, tool_call
 
 
@@ -55,6 +58,28 @@ def echo(messages: list[dict[str, str]]) -> str:
     """Say the last user message after one command."""
     users = [m["content"] for m in messages if m["role"] == "user" and "<tool_response>" not in m["content"]]
     return f"You said {users[-1]}" if "<tool_response>" in messages[-1]["content"] else terminal(f"echo {users[-1]}")
+
+
+@pytest.mark.parametrize("call", [terminal("true"), tool_call("write_file", path="a", content="b")])
+async def test_a_tool_computes_in_its_turn(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Hermes runs it on a thread of its own; while a command runs, others may."""
+    before: list[bool] = []
+    run, execute = Shells.run, InShells.execute
+
+    def executing(self: InShells, *args: Any, **options: Any) -> Any:
+        before.append(turnstile._held)
+        return execute(self, *args, **options)
+
+    def running(self: Shells, request: Any) -> Any:
+        assert not turnstile._held
+        return run(self, request)
+
+    monkeypatch.setattr(InShells, "execute", executing)
+    monkeypatch.setattr(Shells, "run", running)
+    async with agent_saying(call, "Done.").task() as task:
+        assert (await task.run("Go."))["stop_reason"] is StopReason.COMPLETED
+    assert before
+    assert all(before)
 
 
 class TestSynchronous:

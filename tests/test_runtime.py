@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LIMIT, run_script
+from support import LIMIT, run_script, until
 
 from hermes_atropos.errors import BlockingCallError
 from hermes_atropos.runtime import (
@@ -245,14 +247,14 @@ def test_more_rollouts_than_threads_take_turns(threads: int, tmp_path: Path) -> 
 
 class TestTurnstile:
     @staticmethod
-    def at_once(turnstile: Turnstile, threads: int) -> int:
+    def at_once(turnstile: Turnstile, threads: int, *, first: int = 0) -> int:
         """The most threads that were inside at the same time."""
         inside, most, lock = 0, 0, threading.Lock()
 
-        def work() -> None:
+        def work(number: int) -> None:
             nonlocal inside, most
             for _ in range(20):
-                with turnstile.inside():
+                with turnstile.first() if number < first else turnstile.inside():
                     with lock:
                         inside += 1
                         most = max(most, inside)
@@ -261,7 +263,7 @@ class TestTurnstile:
                     with turnstile.outside():
                         pass
 
-        workers = [threading.Thread(target=work) for _ in range(threads)]
+        workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
         for worker in workers:
             worker.start()
         for worker in workers:
@@ -306,6 +308,43 @@ class TestTurnstile:
         with turnstile.inside(), turnstile.outside():
             assert self.enters(turnstile)
         assert self.enters(turnstile)
+
+    def test_who_is_to_be_first_comes_before_all_who_wait(self) -> None:
+        turnstile, order = Turnstile(), list[str]()
+        waiting = threading.Semaphore(0)
+
+        def enter(name: str, turn: Callable[[], AbstractContextManager[None]]) -> None:
+            waiting.release()
+            with turn():
+                order.append(name)
+
+        threads = [threading.Thread(target=enter, args=(f"waits{number}", turnstile.inside)) for number in range(5)]
+        threads.append(threading.Thread(target=enter, args=("first", turnstile.first)))
+        with turnstile.inside():
+            for thread in threads:
+                thread.start()
+                waiting.acquire(timeout=LIMIT)
+            until(lambda: len(turnstile._first) == 1)
+        for thread in threads:
+            thread.join(LIMIT)
+        assert order[0] == "first"
+        assert sorted(order[1:]) == [f"waits{number}" for number in range(5)]
+        assert not turnstile._place.locked()
+
+    def test_the_first_are_one_at_a_time_too(self) -> None:
+        assert self.at_once(Turnstile(), 12, first=4) == 1
+
+    def test_the_patience_of_the_first_has_an_end(self) -> None:
+        turnstile = Turnstile(patience_s=0.01)
+        with turnstile.inside(), ThreadPoolExecutor(1) as pool:
+            assert pool.submit(self._is_first, turnstile).result(LIMIT)
+            assert not turnstile._first
+        assert not turnstile._place.locked()
+
+    @staticmethod
+    def _is_first(turnstile: Turnstile) -> bool:
+        with turnstile.first():
+            return True
 
     def test_outside_twice(self) -> None:
         turnstile = Turnstile()

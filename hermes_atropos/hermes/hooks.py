@@ -277,6 +277,10 @@ class Hooks(AIAgent):
     def _sandbox(self) -> HermesSandbox | None:
         return None if self._rollout is None else self._rollout.sandbox
 
+    def steps_out_in(self, tool: str) -> bool:
+        """Whether whoever waits in that tool leaves its place at the turnstile to others meanwhile."""
+        return tool in SANDBOX_TOOLS and self._sandbox is not None and self._sandbox.steps_out
+
     def _execute_tool_calls(self, assistant_message: Any, *args: Any, **options: Any) -> None:
         sandbox = self._sandbox
         if sandbox is not None:

@@ -32,7 +32,7 @@ from hermes_atropos.hermes import compression, lookups, profile
 from hermes_atropos.hermes.acting import acting_agent
 from hermes_atropos.hermes.confined import CONFINED
 from hermes_atropos.hermes.versions import hermes_version
-from hermes_atropos.runtime import once
+from hermes_atropos.runtime import once, turnstile
 
 if TYPE_CHECKING:
     from hermes_atropos.hermes.hooks import Hooks
@@ -419,6 +419,12 @@ def _in_the_sandbox(agent: Hooks, original: Callable[..., Path]) -> Path:
     return original() if sandbox is None else Path(sandbox.environment().get_temp_dir(), "hermes-results")
 
 
+def _in_its_turn(agent: Hooks, original: Callable[..., Any], registry: Any, name: str, *args: Any, **given: Any) -> Any:
+    """A tool. From 0.20 Hermes runs it on a thread of its own, which computes in its turn as the rollout's does."""
+    with turnstile.inside() if agent.steps_out_in(name) else contextlib.nullcontext():
+        return original(registry, name, *args, **given)
+
+
 #: What is wrapped in place: (module, name) → what is called in a rollout, with its agent and the original.
 WRAPPED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("run_agent", "AIAgent.__init__"): _construct,
@@ -436,6 +442,7 @@ WRAPPED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("agent.retry_utils", "jittered_backoff"): _at_once,
     ("tools.environments.local", "_append_missing_sane_path_entries"): lookups.path,
     ("tools.environments.local", "_user_tools_first"): lookups.path,
+    ("tools.registry", "ToolRegistry.dispatch"): _in_its_turn,
     ("tools.tool_result_storage", "get_spillover_dir"): _in_the_sandbox,
     ("hermes_cli.config", "load_config"): lookups.configuration,
     ("agent.coding_context", "_marker_root"): lookups.project,

@@ -29,7 +29,7 @@ from hermes_atropos.errors import FileTooLargeError, SandboxError
 from hermes_atropos.hermes.environments import InShells, TaskEnvironment
 from hermes_atropos.hermes.profile import active_profile
 from hermes_atropos.hermes.releases import release
-from hermes_atropos.runtime import run_in_rollout_thread
+from hermes_atropos.runtime import run_in_rollout_thread, turnstile
 from hermes_atropos.sandbox import CommandResult, Sandbox, files
 from hermes_atropos.sandbox.check import Check, run_here
 from hermes_atropos.sandbox.folder import Folders
@@ -122,10 +122,12 @@ class HermesSandbox(Sandbox):
             self._released = True
         if self._local is not None:
             self._end()
-        self._tell_hermes_of_the_end()
-        for task_id in self._registered:
-            release().lifecycle().cleanup_vm(task_id)
-            terminal_tool.clear_task_env_overrides(task_id)
+        # Elsewhere this may take seconds, for which nobody else is to wait.
+        with turnstile.first() if self._local is not None else contextlib.nullcontext():
+            self._tell_hermes_of_the_end()
+            for task_id in self._registered:
+                release().lifecycle().cleanup_vm(task_id)
+                terminal_tool.clear_task_env_overrides(task_id)
         with _removing:
             self._folders.remove()
 

@@ -12,6 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from hermes_atropos.runtime import turnstile
+
 __all__ = ["MARKER", "kill_processes"]
 
 #: The variable that every process of a sandbox inherits. Its value is the sandbox's mark; some have more behind a dot,
@@ -49,7 +51,7 @@ def kill_processes(mark: str, root: Path | None) -> None:
     search = Search(mark.encode(), None if root is None else f"{root}/")
     _searches.append(search)
     while not search.done:
-        with _looking:
+        with _looking, turnstile.first():
             if not search.done:
                 look(list(_searches))
 
