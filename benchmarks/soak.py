@@ -338,7 +338,11 @@ async def meet(fault: Fault, rollouts: int) -> Check:
 
 def left() -> list[str]:
     """Sandboxes, threads beyond the pools, processes, temporary files."""
-    pools = ("hermes-atropos-", "asyncio_")
+    pools = (
+        "hermes-atropos-",
+        "asyncio_",
+        "relay-scope-op",
+    )  # the last is Hermes' own, of eight threads for the process
     threads = [thread.name for thread in threading.enumerate() if not thread.name.startswith(pools)]
     files = [str(path) for path in FOLDER.iterdir() if path != PROFILE]
     environments = [f"environment {name}" for name in terminal_tool._active_environments]
