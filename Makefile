@@ -33,7 +33,7 @@ test: .venv/installed
 # What leans on Hermes, on the newest release that was tried: a fork on PyPI stands in for upstream's checkout.
 test-newest: build/newest/installed
 	build/newest/bin/pytest -n auto --dist loadfile tests/test_agent*.py tests/test_sandbox*.py \
-		tests/test_seams.py tests/test_sockets.py tests/test_tools.py
+		tests/test_seams.py tests/test_sockets.py tests/test_tools.py tests/test_wall*.py tests/test_verifiers.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -26,7 +26,7 @@ from tools.process_registry import process_registry
 from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB
 from hermes_atropos.hermes.agent import AtroposAIAgent
 from hermes_atropos.hermes.versions import hermes_version
-from hermes_atropos.sandbox import folder
+from hermes_atropos.sandbox import folder, wall
 from hermes_atropos.sandbox.processes import MARKER
 from hermes_atropos.testing import Reply, ScriptedRequest, ScriptedServer, chatml_tokenizer, tool_call
 from hermes_atropos.trajectory import AgentResult, SequenceData
@@ -196,6 +196,7 @@ def trained_spans(sequences: Sequence[SequenceData], requests: Sequence[Scripted
 @contextlib.contextmanager
 def nothing_left() -> Iterator[None]:
     """After the block there is no sandbox, thread, process or temporary file that was not there before."""
+    wall.etc()  # made once for the process
     folder = tempfile.mkdtemp()
     before = left()
     with pytest.MonkeyPatch.context() as patch:

@@ -285,7 +285,7 @@ async def test_what_the_model_left_running_is_ended_before_the_verifier_looks(ma
 async def test_a_command_finds_what_was_kept(sandbox: str) -> None:
     """And nothing of the model's shell beside it."""
     agent = agent_saying(terminal(f"{false_program('cat')}; sleep 1002.5", background=True), "Done.")
-    look = "cat /proc/[0-9]*/cmdline | tr '\\0' ' ' | grep -o 'sleep 1002.[5]'"
+    look = "cat /proc/[0-9]*/cmdline 2> /dev/null | tr '\\0' ' ' | grep -o 'sleep 1002.[5]'"
     shown = f"until {look}; do sleep 0.05; done; echo $WORKSPACE $SEED"
     async with agent.task(sandbox=sandbox, keep_processes=True) as task:
         await task.run("Go.")

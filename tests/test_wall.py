@@ -489,7 +489,7 @@ def test_the_doctor_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> No
     said = capsys.readouterr().out
     for line in (
         r"Python: 3\.",
-        r"hermes-agent: \d",
+        r"hermes-agent(-\w+)?: \d",
         r"bubblewrap: \d.* \(/",
         "wall: it stands",
         "limit of memory: ",

@@ -229,11 +229,12 @@ class TestTasks:
                 assert await task.read_file("by_the_child") == "sandbox\n"
 
     async def test_tools_that_act_outside_are_refused_unless_asked_for(self) -> None:
-        agent = agent_saying("Done.", enabled_toolsets=["terminal", "memory"])
-        with nothing_left(), pytest.raises(ConfigurationError, match=r"memory \(the memory in Hermes' home"):
+        """Those that Hermes shows the model; from 0.21 on it finds others by a search, and is told so at the call."""
+        agent = agent_saying("Done.", enabled_toolsets=["terminal", "skills"])
+        with nothing_left(), pytest.raises(ConfigurationError, match=r"skill_manage \(the skills in Hermes' home"):
             async with agent.task(**WALL):
                 pass
-        async with agent.task(**WALL, outside=["memory"]):
+        async with agent.task(**WALL, outside=["skill_manage", "skill_view", "skills_list"]):
             pass
 
     async def test_a_folder_has_no_wall_s_options(self) -> None:

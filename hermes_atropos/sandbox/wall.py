@@ -174,9 +174,16 @@ def version_of(path: str) -> tuple[int, ...]:
     return tuple(map(int, match[1].split("."))) if match else ()
 
 
-@functools.cache
-def etc(process: int) -> Path:
+def etc() -> Path:
     """What every wall of this process has as /etc: one folder, because each mount takes its time."""
+    folder = made_etc(os.getpid())
+    if not (folder / "passwd").exists():  # somebody cleared the temporary files
+        made_etc.cache_clear()
+    return made_etc(os.getpid())
+
+
+@functools.cache
+def made_etc(process: int) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="hermes-atropos-etc-"))
     folder.chmod(0o755)
     atexit.register(remove_own, folder, process)
@@ -297,7 +304,7 @@ class Wall(Launcher):
                 yield from ("--symlink", os.readlink(path), str(path))
             elif path.exists():
                 yield from ("--ro-bind", str(path), str(path))
-        yield from ("--ro-bind", str(etc(os.getpid())), "/etc")
+        yield from ("--ro-bind", str(etc()), "/etc")
         if options.network and os.path.exists("/etc/resolv.conf"):
             yield from ("--ro-bind", os.path.realpath("/etc/resolv.conf"), "/etc/resolv.conf")
         for place in (TEMPORARY, HOME, "/dev/shm"):
