@@ -18,7 +18,9 @@ __all__ = ["Hearing", "TokenHearing"]
 #: What follows waits until it is certain, for so many characters at most: by then the formats know their calls.
 WORDS = ("Action", "function call")
 BEGUN = "|".join(f"{word[:end]}\\Z" for word in WORDS for end in range(1, len(word)))
-OPENINGS = re.compile(rf"[<＜](?![\s=\d])|\[(?:[A-Z]|\Z)|^[ \t]*(?:[\[{{]|{'|'.join(WORDS)}|{BEGUN})", re.MULTILINE)
+OPENINGS = re.compile(
+    rf"[<＜](?![\s=\d])|\[(?:[A-Z]|\Z)|\](?:<\]|<?\Z)|^[ \t]*(?:[\[{{]|{'|'.join(WORDS)}|{BEGUN})", re.MULTILINE
+)
 PATIENCE = 128
 
 #: Half of a character: its other bytes are in the next token.
