@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -445,6 +446,25 @@ class TestLimits:
     def test_what_is_no_limit(self, value: Any) -> None:
         with pytest.raises(ConfigurationError, match="is not a whole number above 0"):
             Limits(processes=value)
+
+
+def test_a_mount_within_etc_is_that_task_s_alone() -> None:
+    hidden = next(
+        path for path in sorted(Path("/etc").iterdir()) if path.is_file() and not (wall.etc() / path.name).exists()
+    )
+    sandbox = WalledSandbox(options=WallOptions(mounts={str(hidden): "ro"}))
+    assert sandbox.run(f"cat {hidden} | wc -c").output.strip() == str(hidden.stat().st_size)
+    sandbox.release()
+    other = WalledSandbox()
+    assert "No such file" in other.run(f"cat {hidden}").output
+    other.release()
+
+
+def test_etc_is_made_again_when_somebody_cleared_the_temporary_files() -> None:
+    shutil.rmtree(wall.etc())
+    sandbox = WalledSandbox()
+    assert sandbox.run("id -un").output == "agent\n"
+    sandbox.release()
 
 
 class TestUnavailable:

@@ -162,7 +162,10 @@ class Dialect:
             return shows([USER, call], value) and not shows([USER, call], "'probe-value'")
 
         def reads_call(arguments: Any, content: str | None) -> bool:
-            written = template([USER, probe_call("", arguments=arguments, content=content)], open_turn=False)
+            try:
+                written = template([USER, probe_call("", arguments=arguments, content=content)], open_turn=False)
+            except ChatTemplateError:  # it wants a turn to be opened
+                return False
             format = format_reading(written, lambda read: any(map(_is_probe_call, read.calls)), [PROBE_TOOL])
             return format is not None and tool_format in ("auto", format.name)
 

@@ -304,7 +304,7 @@ class Wall(Launcher):
                 yield from ("--symlink", os.readlink(path), str(path))
             elif path.exists():
                 yield from ("--ro-bind", str(path), str(path))
-        yield from ("--ro-bind", str(etc()), "/etc")
+        yield from ("--ro-bind", str(self._etc(options.mounts)), "/etc")
         if options.network and os.path.exists("/etc/resolv.conf"):
             yield from ("--ro-bind", os.path.realpath("/etc/resolv.conf"), "/etc/resolv.conf")
         for place in (TEMPORARY, HOME, "/dev/shm"):
@@ -318,6 +318,20 @@ class Wall(Launcher):
         for name, value in {**VARIABLES, **options.env, **SCRIPTS, **own}.items():
             yield from ("--setenv", name, value)
         yield from ("/bin/bash", "--norc", "--noprofile", "-c", 'eval "$__hermes_first"', "bash", CHANNEL)
+
+    def _etc(self, mounts: Mapping[str, Access]) -> Path:
+        """What /etc is: a copy where something of the user's is mounted in it, which needs a place there."""
+        within = [path for path in mounts if is_within(path, "/etc")]
+        if not within:
+            return etc()
+        own = self.channel.with_name("etc")
+        shutil.copytree(etc(), own, symlinks=True)
+        for path in within:
+            place = own / os.path.relpath(path, "/etc")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.exists():
+                place.mkdir() if os.path.isdir(path) else place.touch()
+        return own
 
     def _mounts(self, root: Path, mounts: Mapping[str, Access]) -> Iterator[str]:
         for number, (path, access) in enumerate(mounts.items()):
