@@ -11,7 +11,6 @@ Without it, Hermes reads and writes the user's home as always. Model calls go to
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from hermes_atropos.errors import ConfigurationError
 from hermes_atropos.runtime import once
-from hermes_atropos.sandbox.files import remove_folder
+from hermes_atropos.sandbox.files import remove_at_end
 
 __all__ = ["active_profile", "freeze_heap", "use_training_profile"]
 
@@ -133,7 +132,7 @@ def use_training_profile(
             "call hermes_atropos.use_training_profile() before the first import of AtroposAIAgent or of Hermes itself."
         )
     home = Path(tempfile.mkdtemp(prefix="hermes-atropos-home-"))
-    atexit.register(remove, home, os.getpid())
+    remove_at_end(home)
     config = CONFIG.format(
         model="{}" if context_length is None else f"{{context_length: {context_length}}}",
         compression="true" if compression else "false",
@@ -154,12 +153,6 @@ def freeze_heap() -> None:
     if _active is not None:
         gc.collect()
         gc.freeze()
-
-
-def remove(home: Path, owner: int) -> None:
-    """Remove the home at the end of the process that made it, not of one that was forked from it."""
-    if os.getpid() == owner:
-        remove_folder(home)
 
 
 def provider_credentials() -> set[str]:

@@ -8,6 +8,7 @@ in a workspace is entered. Where the system has no ``O_PATH``, a path with a lin
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import itertools
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from hermes_atropos.errors import FileTooLargeError, UnsafePathError
 
-__all__ = ["LIMIT_BYTES", "copy_folder", "hidden_folder", "read_bytes", "remove_folder", "write_bytes"]
+__all__ = ["LIMIT_BYTES", "copy_folder", "hidden_folder", "read_bytes", "remove_at_end", "remove_folder", "write_bytes"]
 
 logger = logging.getLogger(__name__)
 
@@ -281,6 +282,12 @@ def hidden_folder() -> Path:
     folder.mkdir(0o700)
     outer.chmod(0o300)
     return folder
+
+
+def remove_at_end(folder: Path) -> None:
+    """Remove a folder at the end of this process, not of one that was forked from it."""
+    owner = os.getpid()
+    atexit.register(lambda: remove_folder(folder) if os.getpid() == owner and folder.exists() else None)
 
 
 def remove_folder(folder: Path) -> None:

@@ -11,7 +11,6 @@ the kernel promises.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import importlib.util
@@ -32,6 +31,7 @@ from typing import Literal, TypedDict
 
 from hermes_atropos.errors import ConfigurationError, SandboxError, SandboxUnavailableError
 from hermes_atropos.runtime import starter
+from hermes_atropos.sandbox.files import remove_at_end
 from hermes_atropos.sandbox.limits import Group, Limits, ulimits
 from hermes_atropos.sandbox.shell import COMMAND, SCRIPTS, Launcher, Request, Shells
 from hermes_atropos.sandbox.syscalls import seccomp_filter
@@ -186,7 +186,7 @@ def etc() -> Path:
 def made_etc(process: int) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="hermes-atropos-etc-"))
     folder.chmod(0o755)
-    atexit.register(remove_own, folder, process)
+    remove_at_end(folder)
     for name in ETC:
         shown, path = folder / name, Path("/etc", name)
         shown.parent.mkdir(parents=True, exist_ok=True)
@@ -204,11 +204,6 @@ def made_etc(process: int) -> Path:
     (folder / "hosts").write_text("127.0.0.1 localhost sandbox\n::1 localhost\n")
     (folder / "resolv.conf").touch()
     return folder
-
-
-def remove_own(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # not in a fork
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def piped(content: bytes) -> int:
