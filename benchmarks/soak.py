@@ -23,6 +23,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -284,6 +285,22 @@ def interrupt(agent: AtroposAIAgent, runs: list[asyncio.Task[Any]]) -> None:
         asyncio.get_running_loop().call_later(0.5, interrupt, agent, runs)
 
 
+def ctrl_c(agent: AtroposAIAgent, runs: list[asyncio.Task[Any]]) -> None:
+    """Once, when the subagents of all hang: each rollout has asked the model four times then."""
+    loop, asked = asyncio.get_running_loop(), len(agent._served.server.requests)
+    if asked < 4 * len(runs):
+        loop.call_later(0.1, ctrl_c, agent, runs)
+    else:
+        loop.call_later(1.0, os.kill, os.getpid(), signal.SIGINT)
+
+
+def delegates(messages: list[dict[str, str]]) -> str:
+    """A subagent, whose first call leaves a process running too, and whose second hangs."""
+    if messages[1]["content"] == "Go.":
+        return tool_call("delegate_task", goal="Hang.")
+    return tool_call("terminal", command=HANGING)
+
+
 def hangs_once(messages: list[dict[str, str]]) -> str:
     said = sum(message["role"] == "assistant" for message in messages)
     return tool_call("terminal", command=HANGING, timeout=1) if said == 1 else "It hung."
@@ -294,6 +311,7 @@ FAULTS = {
     "a server that raises": Fault(lambda _: Reply(error=RuntimeError("out of memory")), StopReason.SERVER_ERROR),
     "a server that never answers": Fault(lambda _: Reply(hang=True), StopReason.TIMEOUT),
     "cancellation": Fault(lambda _: tool_call("terminal", command=HANGING), None, disturb=cancel_at_random),
+    "Ctrl-C with subagents": Fault(delegates, None, {"enabled_toolsets": ["terminal", "delegation"]}, disturb=ctrl_c),
     "an interrupt": Fault(lambda _: tool_call("terminal", command=HANGING), StopReason.INTERRUPTED, disturb=interrupt),
     "the iteration limit": Fault(
         lambda messages: "A summary." if len(messages) > 6 else tool_call("terminal", command="true"),
@@ -324,7 +342,10 @@ async def meet(fault: Fault, rollouts: int) -> Check:
     async with check.taken():
         runs = [asyncio.create_task(rollout()) for _ in range(rollouts)]
         fault.disturb(agent, runs)
-        outcomes = await asyncio.gather(*runs, return_exceptions=True)
+        try:
+            outcomes = await asyncio.gather(*runs, return_exceptions=True)
+        except asyncio.CancelledError:  # Ctrl-C, as asyncio.run has it: all of them have ended
+            outcomes = [asyncio.CancelledError() if run.cancelled() else run.result() for run in runs]
     os.environ.pop("ATROPOS_AGENT_CHAT_TIMEOUT_S", None)
     if fault.reason is None:
         check.wrong = [repr(outcome) for outcome in outcomes if not isinstance(outcome, asyncio.CancelledError)]
@@ -338,11 +359,8 @@ async def meet(fault: Fault, rollouts: int) -> Check:
 
 def left() -> list[str]:
     """Sandboxes, threads beyond the pools, processes, temporary files."""
-    pools = (
-        "hermes-atropos-",
-        "asyncio_",
-        "relay-scope-op",
-    )  # the last is Hermes' own, of eight threads for the process
+    # The last two are Hermes' own from 0.21 on: eight threads and one, for the process.
+    pools = ("hermes-atropos-", "asyncio_", "relay-scope-op", "hermes-periodic-scheduler")
     threads = [thread.name for thread in threading.enumerate() if not thread.name.startswith(pools)]
     files = [str(path) for path in FOLDER.iterdir() if path != PROFILE]
     environments = [f"environment {name}" for name in terminal_tool._active_environments]
@@ -365,11 +383,10 @@ def processes() -> list[str]:
 def agent_on(model: Model, **options: Any) -> AtroposAIAgent:
     return AtroposAIAgent(
         server=ScriptedServer(model, latency=LATENCY_S),
-        enabled_toolsets=["terminal", "file"],
         quiet_mode=True,
         skip_context_files=True,
         skip_memory=True,
-        **options,
+        **{"enabled_toolsets": ["terminal", "file"], **options},
     )
 
 

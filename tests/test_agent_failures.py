@@ -508,4 +508,4 @@ def test_the_soak(workspace: Path) -> None:
     )
     figures = json.loads(done.stdout.splitlines()[-1])
     assert (figures["rollouts"], figures["wrong"], figures["left"]) == (24, 0, 0)
-    assert len(figures["faults"]) == 7
+    assert len(figures["faults"]) == 8

@@ -39,6 +39,7 @@ from support import (
 from hermes_atropos import AtroposAIAgent, StopReason
 from hermes_atropos.errors import BlockingCallError
 from hermes_atropos.hermes.environments import InShells
+from hermes_atropos.hermes.hooks import Subagent
 from hermes_atropos.runtime import turnstile
 from hermes_atropos.sandbox.shell import Shells
 from hermes_atropos.testing import Reply, ScriptedServer, tool_call
@@ -80,6 +81,28 @@ async def test_a_tool_computes_in_its_turn(call: str, monkeypatch: pytest.Monkey
         assert (await task.run("Go."))["stop_reason"] is StopReason.COMPLETED
     assert before
     assert all(before)
+
+
+async def test_a_subagent_computes_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on a thread of its own too, while its parent's waits outside."""
+    held: list[bool] = []
+    made, told = Subagent._construct, Subagent._build_system_prompt
+
+    def making(self: Subagent, *args: Any, **options: Any) -> None:
+        held.append(turnstile._held)
+        made(self, *args, **options)
+
+    def telling(self: Subagent, *args: Any, **options: Any) -> str:
+        held.append(turnstile._held)
+        return told(self, *args, **options)
+
+    monkeypatch.setattr(Subagent, "_construct", making)
+    monkeypatch.setattr(Subagent, "_build_system_prompt", telling)
+    agent = agent_saying(tool_call("delegate_task", goal="Look."), "Seen.", "Done.", enabled_toolsets=["delegation"])
+    async with agent.task() as task:
+        assert (await task.run("Go."))["final_response"] == "Done."
+    assert held
+    assert all(held)
 
 
 class TestSynchronous:

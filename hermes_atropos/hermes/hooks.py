@@ -300,7 +300,8 @@ class Hooks(AIAgent):
     def _make_subagent(self, new: AIAgent, *args: Any, **options: Any) -> None:
         """Make the agent that Hermes constructs for a subtask one of ours."""
         new.__class__ = Subagent
-        Subagent.__init__(new, self, *args, **options)
+        with turnstile.inside():
+            Subagent.__init__(new, self, *args, **options)
 
     def _cleanup_task_resources(self, task_id: str, *args: Any, **options: Any) -> None:
         """A sandbox is released by whoever opened it, after the verifier."""
@@ -361,7 +362,7 @@ class Subagent(Hooks):
             sandbox.register(task_id)
         self._books = Books(self)
         try:
-            with acting_for(self):
+            with acting_for(self), turnstile.inside():
                 result: dict[str, Any] = super().run_conversation(*args, **options)
             return result
         finally:
