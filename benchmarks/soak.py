@@ -286,19 +286,18 @@ def interrupt(agent: AtroposAIAgent, runs: list[asyncio.Task[Any]]) -> None:
 
 
 def ctrl_c(agent: AtroposAIAgent, runs: list[asyncio.Task[Any]]) -> None:
-    """Once, when the subagents of all hang: each rollout has asked the model four times then."""
+    """Once, when the subagents of all hang: each rollout has asked the model three times then."""
     loop, asked = asyncio.get_running_loop(), len(agent._served.server.requests)
-    if asked < 4 * len(runs):
+    if asked < 3 * len(runs):
         loop.call_later(0.1, ctrl_c, agent, runs)
     else:
         loop.call_later(1.0, os.kill, os.getpid(), signal.SIGINT)
 
 
 def delegates(messages: list[dict[str, str]]) -> str:
-    """A subagent, whose first call leaves a process running too, and whose second hangs."""
-    if messages[1]["content"] == "Go.":
-        return tool_call("delegate_task", goal="Hang.")
-    return tool_call("terminal", command=HANGING)
+    """To a subagent, whose first call hangs."""
+    own = messages[1]["content"] == "Go."
+    return tool_call("delegate_task", goal="Hang.") if own else tool_call("terminal", command=HANGING)
 
 
 def hangs_once(messages: list[dict[str, str]]) -> str:
@@ -326,7 +325,8 @@ async def meet(fault: Fault, rollouts: int) -> Check:
     """So many rollouts at once meet the fault."""
 
     def model(messages: list[dict[str, str]]) -> str | Reply:
-        if not any(message["role"] == "assistant" for message in messages):
+        said = any(message["role"] == "assistant" for message in messages)
+        if messages[1]["content"] == "Go." and not said:
             return tool_call("terminal", command="echo begun; sleep 1000 >/dev/null 2>&1", background=True)
         return fault.model(messages)
 
