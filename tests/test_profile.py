@@ -145,3 +145,25 @@ print(get_hermes_home())
     [without] = run(script, tmp_path, HERMES_HOME=inherited)
     [with_it] = run(f"import sys; sys.argv = ['', 'profile']\n{script}", tmp_path, HERMES_HOME=inherited)
     assert without == inherited != with_it
+
+
+@pytest.mark.parametrize("profile", [True, False])
+def test_background_processes_are_noted_for_later_only_outside_of_it(profile: bool, tmp_path: Path) -> None:
+    """Hermes lists them in its home; where many end at once, that takes seconds. What they left is there to be read."""
+    script = f"""
+import hermes_atropos, json
+{"hermes_atropos.use_training_profile()" if profile else ""}
+from hermes_constants import get_hermes_home
+from support import agent_saying, until
+from hermes_atropos.testing import tool_call
+agent = agent_saying(tool_call("terminal", command="echo left", background=True), "Started.")
+with agent.task(keep_processes=True) as task:
+    task.run("Go.")
+    from tools.process_registry import process_registry
+    [process] = process_registry.list_sessions()
+    until(lambda: process_registry.poll(process["session_id"])["status"] == "exited")
+    print(process_registry.read_log(process["session_id"])["output"])
+    until(lambda: {profile} or any(get_hermes_home().glob("processes*.json")))
+    print([path.name for path in get_hermes_home().rglob("proc*.json")] == [])
+"""
+    assert run(script, tmp_path, HERMES_HOME=str(tmp_path / "home"))[-2:] == ["left", str(profile)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -405,6 +406,31 @@ class TestRelease:
         sandbox.release()
         assert not process_registry.has_active_processes(sandbox.hermes_id)
         assert asked == []
+
+    def test_what_an_ended_one_left_can_be_read_until_then(self, sandbox: HermesSandbox) -> None:
+        """Hermes keeps 64 processes for all tasks together."""
+
+        def leave(task: HermesSandbox, text: str) -> str:
+            answer = terminal_tool.terminal_tool(command=f"echo {text}", background=True, task_id=task.hermes_id)
+            return str(json.loads(answer)["session_id"])
+
+        def ended(task: HermesSandbox) -> bool:
+            return not process_registry.has_active_processes(task.hermes_id)
+
+        other = HermesSandbox()
+        left = leave(sandbox, "mine")
+        until(lambda: ended(sandbox))
+        others = [leave(other, f"other{number}") for number in range(70)]
+        until(lambda: ended(other))
+        assert process_registry.read_log(left)["output"].strip() == "mine"
+        sandbox.release()
+        other.release()
+        last = HermesSandbox()
+        for name in others[:2]:
+            leave(last, name)
+        until(lambda: ended(last))
+        assert process_registry.read_log(left)["status"] == "not_found"
+        last.release()
 
     def test_other_processes_go_on(self, sandbox: HermesSandbox) -> None:
         other = HermesSandbox()

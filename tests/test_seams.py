@@ -21,7 +21,8 @@ from hermes_atropos.errors import ConfigurationError, UnsupportedVersionError
 from hermes_atropos.hermes import hooks, seams, versions
 from hermes_atropos.hermes.acting import acting_agent, acting_for
 from hermes_atropos.hermes.agent import AtroposAIAgent
-from hermes_atropos.hermes.seams import ATTRIBUTES, SEAMS, WRAPPED, Seam
+from hermes_atropos.hermes.processes import LISTED
+from hermes_atropos.hermes.seams import ATTRIBUTES, REPLACED, SEAMS, WRAPPED, Seam
 
 
 def owner_of(seam: Seam) -> tuple[Any, str]:
@@ -53,7 +54,7 @@ HERE = [seam for seam in SEAMS if seam.is_in(versions.hermes_version())]
 @pytest.mark.parametrize("seam", HERE, ids=lambda seam: f"{seam.module}.{seam.name}")
 def test_what_is_gone_is_named_at_the_first_construction(seam: Seam, unchecked: pytest.MonkeyPatch) -> None:
     for owner, name in holders(seam):
-        if isinstance(owner, type) or inspect.ismodule(owner):
+        if name in vars(owner):
             unchecked.delattr(owner, name)
         else:
             unchecked.delattr(type(owner), name)
@@ -134,7 +135,7 @@ def test_every_method_that_is_overridden_is_in_the_table() -> None:
 
 
 def test_everything_that_is_wrapped_is_in_the_table() -> None:
-    assert WRAPPED.keys() <= {(seam.module, seam.name) for seam in SEAMS}
+    assert WRAPPED.keys() | REPLACED.keys() <= {(seam.module, seam.name) for seam in SEAMS}
 
 
 def test_outside_of_a_rollout_hermes_is_as_it_was() -> None:
@@ -214,4 +215,6 @@ def test_a_rollouts_project_is_what_hermes_finds(tmp_path: Path, where: str, mar
 def test_the_page_on_releases_names_all_that_is_wrapped() -> None:
     page = (Path(__file__).parent.parent / "docs" / "hermes-versions.md").read_text()
     table = page.partition("## What is wrapped in place")[2].partition("\n## ")[0]
-    assert {f"{module}.{name}" for module, name in WRAPPED} == set(re.findall(r"`([a-z_]+\.[\w.]+)`", table))
+    assert {f"{module}.{name}" for module, name in WRAPPED.keys() | LISTED.keys()} == set(
+        re.findall(r"`([a-z_]+\.[\w.]+)`", table)
+    )

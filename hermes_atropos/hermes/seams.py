@@ -31,6 +31,7 @@ from hermes_atropos.errors import UnsupportedVersionError
 from hermes_atropos.hermes import compression, lookups, profile
 from hermes_atropos.hermes.acting import acting_agent
 from hermes_atropos.hermes.confined import CONFINED
+from hermes_atropos.hermes.processes import LISTED
 from hermes_atropos.hermes.versions import hermes_version
 from hermes_atropos.runtime import once, turnstile
 
@@ -223,6 +224,8 @@ SEAMS: list[Seam] = [
     Seam("tools.interrupt", "is_interrupted", ()),
     Seam("tools.interrupt", "set_interrupt", ("active", "thread_id")),
     Seam("tools.process_registry", "process_registry.kill_all", ("task_id",)),
+    Seam("tools.process_registry", "process_registry._finished"),
+    Seam("tools.process_registry", "process_registry._running"),
     Seam("agent.runtime_cwd", "set_session_cwd", ("cwd",), since="0.16"),
     Seam("hermes_constants", "get_subprocess_home", (), since="0.19"),
     # What is done otherwise behind a wall.
@@ -230,6 +233,9 @@ SEAMS: list[Seam] = [
     Seam("tools.terminal_tool", "_create_environment", ("task_id",), until="0.21"),
     Seam("tools.terminal_tool_backends", "_create_environment", ("task_id",), since="0.21"),
     Seam("tools.process_registry", "ProcessRegistry.spawn_local", ("command", "task_id")),
+    Seam("tools.process_registry", "ProcessRegistry._prune_if_needed"),
+    Seam("tools.process_registry", "ProcessRegistry._write_checkpoint"),
+    Seam("tools.process_registry", "save_completed_result", ("session",), since="0.21"),
     Seam("tools.read_extract", "is_extractable_document", ("path",), since="0.19"),
     Seam("tools.image_source", "resolve_image_source", ("src", "ctx"), since="0.19"),
     Seam("tools.image_source", "_is_local_terminal_backend", (), since="0.19"),
@@ -289,8 +295,8 @@ def check() -> None:
     for seam in here:
         if (seam.module, seam.name) in WRAPPED:
             _wrap(seam, WRAPPED[seam.module, seam.name])
-        if (seam.module, seam.name) in CONFINED:
-            _override(seam, CONFINED[seam.module, seam.name])
+        if (seam.module, seam.name) in REPLACED:
+            _override(seam, REPLACED[seam.module, seam.name])
 
 
 # ── What runs for one of our agents ──────────────────────────────────────────────────────────────────────────────────
@@ -448,6 +454,10 @@ WRAPPED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("agent.coding_context", "_marker_root"): lookups.project,
     ("tools.approval", "_get_approval_config"): lookups.approvals,
 }
+
+
+#: What is replaced whoever calls it; each looks for itself whether there is something to change.
+REPLACED: Mapping[tuple[str, str], Callable[..., Any]] = {**CONFINED, **LISTED}
 
 
 class OurChildren(list[Any]):

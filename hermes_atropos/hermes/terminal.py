@@ -26,6 +26,7 @@ from tools.interrupt import is_interrupted, set_interrupt
 from tools.process_registry import process_registry
 
 from hermes_atropos.errors import FileTooLargeError, SandboxError
+from hermes_atropos.hermes import seams
 from hermes_atropos.hermes.environments import InShells, TaskEnvironment
 from hermes_atropos.hermes.profile import active_profile
 from hermes_atropos.hermes.releases import release
@@ -38,9 +39,6 @@ from hermes_atropos.sandbox.processes import MARKER
 __all__ = ["HermesSandbox"]
 
 T = TypeVar("T")
-
-#: Held by the thread that removes folders: many at once would keep the event loop waiting for the interpreter's lock.
-_removing = threading.Lock()
 
 #: Where a verifier's programs are looked for on another machine, unless its ``env`` says otherwise.
 REMOTE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -71,6 +69,7 @@ class HermesSandbox(Sandbox):
         copy: bool = False,
         private: bool = True,
     ) -> None:
+        seams.check()
         self.task_id = task_id or f"task-{uuid.uuid4().hex[:12]}"
         # Hermes' file tools remember for good what a task has read, by its id; the name may be used again.
         self.hermes_id = f"{self.task_id}-{uuid.uuid4().hex[:8]}"
@@ -128,13 +127,13 @@ class HermesSandbox(Sandbox):
             for task_id in self._registered:
                 release().lifecycle().cleanup_vm(task_id)
                 terminal_tool.clear_task_env_overrides(task_id)
-        with _removing:
             self._folders.remove()
 
     def _end(self) -> None:
         assert self._local is not None
         self._folders.kill_processes()
-        self._local.close()
+        with turnstile.first():
+            self._local.close()
 
     def _tell_hermes_of_the_end(self) -> None:
         """Have Hermes note that the task's background processes have ended, and end those that it has elsewhere.

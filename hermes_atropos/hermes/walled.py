@@ -19,7 +19,7 @@ from tools.interrupt import is_interrupted
 from tools.process_registry import process_registry
 
 from hermes_atropos.errors import ConfigurationError, SandboxError
-from hermes_atropos.hermes import confined, seams
+from hermes_atropos.hermes import confined
 from hermes_atropos.hermes.environments import WalledEnvironment
 from hermes_atropos.hermes.releases import release
 from hermes_atropos.hermes.terminal import HermesSandbox, backend
@@ -87,7 +87,6 @@ class WalledSandbox(HermesSandbox):
         copy: bool = False,
         options: WallOptions | None = None,
     ) -> None:
-        seams.check()
         self._options = options or WallOptions()
         self._overlay: Overlay | None = None
         self._shown = existing_folder(workspace) if copy and workspace is not None else None
