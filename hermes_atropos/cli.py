@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run)
 
     serve = commands.add_parser("serve", help="serve a trainer with an environment", allow_abbrev=False)
-    serve.add_argument("--processes", metavar="N", type=int, default=1, help="default: %(default)s")
+    serve.add_argument("--processes", metavar="N", type=int, help="default: 1; on a cluster, as many as have room")
+    serve.add_argument("--ray", metavar="ADDRESS", help="roll out on a Ray cluster: auto, local or its address")
+    serve.add_argument("--cores", metavar="N", type=float, default=1, help="of each on a cluster; default: %(default)s")
     serve.set_defaults(run=_serve, arguments=[])
     evaluate = commands.add_parser("evaluate", help="roll out each item of an environment once", allow_abbrev=False)
     evaluate.set_defaults(run=_evaluate, arguments=[])
@@ -200,12 +202,17 @@ def _run(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> None:
     from hermes_atropos.environment import launch
 
-    if options.processes == 1:
-        launch.command_line(options.environment, "serve", options.arguments)
-    elif options.processes < 1:
+    if options.processes is not None and options.processes < 1:
         raise ConfigurationError(f"--processes {options.processes}: give 1 or more")
-    launch.named(options.environment)  # found wrong here once, and not by each process
-    launch.supervise(options.environment, options.processes, options.arguments)
+    if options.ray is not None:
+        from hermes_atropos.environment import cluster
+
+        cluster.serve(options.environment, options.ray, options.processes, options.cores, options.arguments)
+    elif options.processes in (None, 1):
+        launch.command_line(options.environment, "serve", options.arguments)
+    else:
+        launch.named(options.environment)  # found wrong here once, and not by each process
+        launch.supervise(options.environment, options.processes, options.arguments)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -77,6 +77,16 @@ __all__ = [
 class HermesAtroposError(Exception):
     """The root: catch this to catch whatever the library itself raises."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python would make it again by its message alone, which for some is not enough.
+        return _made_again, (type(self), self.args), vars(self)
+
+
+def _made_again(kind: type[HermesAtroposError], arguments: tuple[Any, ...]) -> HermesAtroposError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    return error
+
 
 class ConfigurationError(HermesAtroposError, ValueError):
     """What was handed in cannot work. The message names it and says what to hand in instead."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from hermes_atropos.errors import ConfigurationError, HermesAtroposError
 
-__all__ = ["command_line", "named", "supervise"]
+__all__ = ["command_line", "named", "run", "supervise"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,11 @@ def command_line(name: str, command: str, arguments: Sequence[str]) -> None:
         ConfigurationError: the name names none.
         SystemExit: when it is through.
     """
-    environment = named(name)
+    run(named(name), command, name, arguments)
+
+
+def run(environment: type[Any], command: str, name: str, arguments: Sequence[str]) -> None:
+    """One of atroposlib's commands of an environment that is known as ``name``; as :func:`command_line`."""
     sys.argv = [name, command, *arguments]
     if command == "evaluate" and not any(given.startswith("--env.data_dir_to_save_evals") for given in arguments):
         # Where an evaluation that was cut goes on.

@@ -131,9 +131,14 @@ class Rollouts(ABC):
                 raise
             finally:
                 self.in_flight -= 1
-                if self.config.records_path and task.trajectory is not None:
+                if task.trajectory is not None:
                     task.trajectory.metadata |= {"item": repr(item)[:500], "group": group_id.get()}
-                    await asyncio.to_thread(write_record, task.trajectory, self.config.records_path, append=True)
+                    await self.record(task.trajectory)
+
+    async def record(self, trajectory: AgentResult) -> None:
+        """Keep what a rollout left, also one that failed."""
+        if self.config.records_path:
+            await asyncio.to_thread(write_record, trajectory, self.config.records_path, append=True)
 
     async def _run(self, item: Any, task: Task) -> Any:
         limit = self.config.rollout_timeout

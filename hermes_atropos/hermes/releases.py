@@ -74,6 +74,13 @@ class Release:
 
         return int(get_max_bytes())
 
+    def extra_body(self, **endpoint: Any) -> Mapping[str, Any] | None:
+        """What the user's configuration adds to the requests of an endpoint (``custom_providers``)."""
+        from agent.agent_init import _custom_provider_extra_body_for_agent
+
+        found: Mapping[str, Any] | None = _custom_provider_extra_body_for_agent(**endpoint)
+        return found
+
     #: Whether a tool that runs alone does so on the thread of the loop; from 0.20 that thread waits for another.
     tools_run_here = False
 
@@ -122,6 +129,10 @@ class Before0182(Before019):
 
 class Before018(Before0182):
     reviews = False
+
+    def extra_body(self, **endpoint: Any) -> Mapping[str, Any] | None:
+        """These releases read nothing of it."""
+        return None
 
 
 class Before017(Before018):

@@ -12,12 +12,11 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from agent import agent_init
-
 from hermes_atropos.backends import Backend
 from hermes_atropos.backends.resolve import resolve
 from hermes_atropos.backends.tracked import SAMPLING, TrackedBackend
 from hermes_atropos.errors import ConfigurationError
+from hermes_atropos.hermes.releases import release
 from hermes_atropos.rendering.tokenizers import template_text
 
 if TYPE_CHECKING:
@@ -160,11 +159,10 @@ def add_configured(agent: Hooks, where: Mapping[str, Any]) -> None:
     Raises:
         ConfigurationError: it cannot be asked for that.
     """
-    find = getattr(agent_init, "_custom_provider_extra_body_for_agent", None)
-    if find is None or not where["base_url"] or where["server"] is not None:
+    if not where["base_url"] or where["server"] is not None:
         return
     place = {"provider": where["provider"] or "", "model": agent.model, "base_url": where["base_url"]}
-    extra = find(**place, custom_providers=getattr(agent, "_custom_providers", None) or [])
+    extra = release().extra_body(**place, custom_providers=getattr(agent, "_custom_providers", None) or [])
     if not extra:
         return
     if "chat_template_kwargs" in extra:
