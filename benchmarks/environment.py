@@ -2,8 +2,9 @@
 
 Each rollout is a run of Hermes with five terminal commands in a sandbox and a verifier that runs another. The model
 answers after 200 ms. The time of a rollout that runs alone is divided: the model, the commands of the tools, the
-verifier, and all else, which is Hermes and this library. Then so many rollouts at once, in so many processes. The last
-line printed is one JSON object of the figures.
+verifier, and all else, which is Hermes and this library; a profile says how much of it this library's own functions
+compute, which it makes seem more than it is. Then so many rollouts at once, in so many processes, and in two actors of
+a Ray cluster of this machine, beside two processes. The last line printed is one JSON object of the figures.
 
     python benchmarks/environment.py [--rollouts 64] [--short]
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import cProfile
 import itertools
 import json
 import os
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -24,10 +27,14 @@ from typing import Any
 
 from atroposlib.envs.base import APIServerConfig
 
-from hermes_atropos import HermesEnv, HermesEnvConfig
+import hermes_atropos
+from hermes_atropos import HermesEnv, HermesEnvConfig, runtime
+from hermes_atropos.environment import cluster
 from hermes_atropos.testing import ScriptedServer, chatml_tokenizer, tool_call
 
 LATENCY_S = 0.2
+#: How many run alone, one after the other.
+ALONE = 5
 COMMANDS = ["echo one > one", "ls", "cat one", "wc -l one", "echo done > result"]
 
 
@@ -67,29 +74,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=64, help="of each process, all at once")
     parser.add_argument("--short", action="store_true", help="8 rollouts, 1 and 2 processes")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["process", "ray"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.short:
         options.rollouts = 8
     if options.child:
-        asyncio.run(child(options.rollouts))
+        asyncio.run(child(options.rollouts) if options.child == "process" else on_ray(options.rollouts))
         return
     figures: dict[str, Any] = {"cores": os.cpu_count(), "model_latency_s": LATENCY_S, "rollouts": options.rollouts}
     with tempfile.TemporaryDirectory() as folder:
         chatml_tokenizer().save_pretrained(Path(folder) / "tokenizer")
         for processes in (1, 2) if options.short else (1, 2, 4):
             figures |= measured(processes, options.rollouts, folder)
+            if processes == 2:
+                figures["rollouts_per_s_ray_2"] = measured_on_ray(options.rollouts, folder)
+                ratio = figures["rollouts_per_s_ray_2"] / figures["rollouts_per_s_2"]
+                figures["ratio_ray_to_processes"] = round(ratio, 2)
             print(figures)
     print(json.dumps(figures))
 
 
 def measured(processes: int, rollouts: int, folder: str) -> dict[str, Any]:
     """Figures of so many processes at once; those of a rollout alone come from the first of one."""
-    command = [sys.executable, __file__, "--child", "--rollouts", str(rollouts)]
-    children = [
-        subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(processes)
-    ]
+    children = [started("process", rollouts, folder) for _ in range(processes)]
     alone, *_ = [json.loads(told(child)) for child in children]
     for child in children:
         assert child.stdin is not None
@@ -103,6 +110,19 @@ def measured(processes: int, rollouts: int, folder: str) -> dict[str, Any]:
     return (alone if processes == 1 else {}) | figures
 
 
+def measured_on_ray(rollouts: int, folder: str) -> float:
+    """Rollouts a second of two actors."""
+    driver = started("ray", rollouts, folder)
+    seconds = json.loads(told(driver))["seconds"]
+    assert driver.wait() == 0
+    return round(2 * rollouts / seconds, 2)
+
+
+def started(kind: str, rollouts: int, folder: str) -> subprocess.Popen[str]:
+    command = [sys.executable, __file__, "--child", kind, "--rollouts", str(rollouts)]
+    return subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def told(child: subprocess.Popen[str]) -> str:
     """The next JSON line that a child prints."""
     assert child.stdout is not None
@@ -112,26 +132,43 @@ def told(child: subprocess.Popen[str]) -> str:
 
 async def child(rollouts: int) -> None:
     """Measure rollouts one after the other; at a word on standard input, all at once."""
-    env = Commands(HermesEnvConfig(tokenizer_name="tokenizer", group_size=2), [APIServerConfig()])
+    env = Commands(*configuration())
     tools = timed_tools()
     await one(env)  # what a process does once
     tools.clear()
     env.verifying, started = 0.0, time.perf_counter()
-    alone = 5
-    for _ in range(alone):
+    for _ in range(ALONE):
         await one(env)
     seconds = time.perf_counter() - started
     shares = {
-        "model": alone * LATENCY_S * (len(COMMANDS) + 1),
+        "model": ALONE * LATENCY_S * (len(COMMANDS) + 1),
         "tools": sum(tools),
         "verifier": env.verifying,
     }
     shares["all_else"] = seconds - sum(shares.values())
-    print(json.dumps({"rollout_s": round(seconds / alone, 3)} | percent(shares, seconds)), flush=True)
+    shares["own_code"] = await own_code(env)
+    print(json.dumps({"rollout_s": round(seconds / ALONE, 3)} | percent(shares, seconds)), flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     started, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(one(env) for _ in range(rollouts)))
     print(json.dumps({"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}), flush=True)
+
+
+async def on_ray(rollouts: int) -> None:
+    """As many rollouts as two processes have, by two actors, each of which has rolled out before."""
+    import ray
+
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    env = cluster.spread(Commands, f"{__file__}:Commands", 2, 1)(*configuration())
+    await asyncio.gather(*(env.collect_trajectories(number) for number in range(2)))
+    started = time.perf_counter()
+    await asyncio.gather(*(env.collect_trajectories(number) for number in range(rollouts)))  # two in each group
+    print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
+    ray.shutdown()
+
+
+def configuration() -> tuple[HermesEnvConfig, list[APIServerConfig]]:
+    return HermesEnvConfig(tokenizer_name="tokenizer", group_size=2), [APIServerConfig()]
 
 
 async def one(env: Commands) -> None:
@@ -145,10 +182,10 @@ def percent(shares: dict[str, float], seconds: float) -> dict[str, float]:
 
 def timed_tools() -> list[float]:
     """The seconds of each command that a tool runs in a sandbox, from now on."""
-    from hermes_atropos.hermes.terminal import TaskEnvironment
+    from hermes_atropos.hermes.environments import InShells
 
     seconds: list[float] = []
-    execute = TaskEnvironment.execute
+    execute = InShells.execute
 
     def timed(self: Any, *args: Any, **options: Any) -> Any:
         started = time.perf_counter()
@@ -157,7 +194,37 @@ def timed_tools() -> list[float]:
         finally:
             seconds.append(time.perf_counter() - started)
 
-    TaskEnvironment.execute = timed  # type: ignore[method-assign]
+    InShells.execute = timed  # type: ignore[method-assign]
+    return seconds
+
+
+async def own_code(env: Commands) -> float:
+    """The seconds in which ``ALONE`` rollouts compute in functions of this library, and what these call of Python's."""
+    profiles = [cProfile.Profile(time.thread_time)]
+    run_into = runtime.run_into
+
+    def profiled(*args: Any) -> None:
+        profiles.append(cProfile.Profile(time.thread_time))
+        profiles[-1].runcall(run_into, *args)
+
+    runtime.run_into = profiled
+    profiles[0].enable()
+    for _ in range(ALONE):
+        await one(env)
+    profiles[0].disable()
+    runtime.run_into = run_into
+    package = str(Path(hermes_atropos.__file__).parent)
+
+    def is_own(file: str) -> bool:
+        return file.startswith(package) and not file.startswith(f"{package}/testing/")
+
+    seconds = 0.0
+    for profile in profiles:
+        for (file, _, _), (_, _, itself, _, callers) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+            if is_own(file):
+                seconds += itself
+            elif not Path(file).is_absolute() or "site-packages" not in file:
+                seconds += sum(of_caller[2] for caller, of_caller in callers.items() if is_own(caller[0]))
     return seconds
 
 
