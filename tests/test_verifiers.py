@@ -309,6 +309,18 @@ async def test_what_the_verifier_left_running_goes_on_and_the_next_run_goes_on_t
             assert not processes()
 
 
+async def test_commands_of_a_verifier_leave_no_descriptor_open(either: Any) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    await either.terminal("true")
+    before = descriptors()
+    for _ in range(5):
+        await either.terminal("true")
+        await either.check(files={"check.sh": b"exit 0"}, command="bash check.sh")
+    assert descriptors() == before
+
+
 async def test_commands_of_a_verifier_at_the_same_time(make: Any) -> None:
     """None is taken for what the model left running."""
     async with make(terminal("(setsid sleep 1000 &)"), "Done.").task() as task:

@@ -6,10 +6,12 @@ A check's first line is its row in docs/engines.md.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
+from rollouts import prompts_of_a_group
 from serving import CONTEXT, Engine
 
 from hermes_atropos.backends.tracked import TrackedBackend
@@ -167,6 +169,26 @@ async def told_weights(engine: Engine, server: Any, tokenizer: Any) -> None:
         prompt, [output], _, [reason] = await ask(server, [5, 6, 7], max_tokens=4, ignore_eos=True)
         assert prompt == [5, 6, 7]
         assert reason["weights"][0]["end"] == len(output)
+
+
+@check(ON_VLLM)
+async def shared_prefix(engine: Engine, server: Any, tokenizer: Any) -> None:
+    """The first prompts of a group's rollouts are computed once: the cache has every full block of the others."""
+    prompts = await prompts_of_a_group(tokenizer, 4)
+    async with httpx.AsyncClient(trust_env=False, timeout=60) as client:
+
+        async def counted(name: str) -> int:
+            metrics = (await client.get(engine.url + "/metrics")).text
+            return int(sum(float(value) for value in re.findall(rf"^vllm:{name}{{.*}} (\S+)$", metrics, re.M)))
+
+        (await client.post(f"{engine.url}/reset_prefix_cache")).raise_for_status()
+        before = await counted("prefix_cache_hits_total")
+        for prompt in prompts:
+            await ask(server, prompt, max_tokens=1)
+        hits = await counted("prefix_cache_hits_total") - before
+        [block] = re.findall(r'[{,]block_size="(\d+)"', (await client.get(engine.url + "/metrics")).text)
+    full = sum((len(prompt) - 1) // int(block) * int(block) for prompt in prompts[1:])
+    assert hits == full, f"{hits} tokens were in the cache, and {full} are in full blocks of {block}"
 
 
 @check(ON_BOTH)

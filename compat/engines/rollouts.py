@@ -144,3 +144,10 @@ async def first_prompts(tokenizer: Any) -> list[list[int]]:
     for path in PATHS.values():
         await path(server, tokenizer, 1)
     return [request.prompt_ids for request in server.requests]
+
+
+async def prompts_of_a_group(tokenizer: Any, count: int) -> list[list[int]]:
+    """What that many rollouts of one task ask first, each in a sandbox of its own."""
+    server = ScriptedServer(lambda _: Reply("Done."), tokenizer=tokenizer)
+    await of_hermes(server, tokenizer, count)
+    return [request.prompt_ids for request in server.requests]

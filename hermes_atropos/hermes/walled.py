@@ -183,8 +183,8 @@ class WalledSandbox(HermesSandbox):
 
         began = time.monotonic()
         wall = Wall(own, folders, options, enter=self._enter if itself else ())
-        try:
-            ended = Shells(wall).run(
+        with contextlib.closing(Shells(wall)) as shells, contextlib.closing(wall):
+            ended = shells.run(
                 Request(
                     f"exec {shlex.join(check.command)}",
                     check.timeout,
@@ -194,8 +194,6 @@ class WalledSandbox(HermesSandbox):
                 )
             )
             starved = wall.out_of_memory() and ended.code != 0
-        finally:
-            wall.close()
         limit = None
         if ended.reason == "timeout":
             limit = Limit.TIME

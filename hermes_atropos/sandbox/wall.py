@@ -396,11 +396,9 @@ def try_wall() -> float:
         workspace.mkdir()
         began = time.monotonic()
         wall = Wall(own, {WORKSPACE: (workspace, True)}, WallOptions())
-        try:
+        with contextlib.closing(Shells(wall)) as shells, contextlib.closing(wall):
             stood = time.monotonic() - began
-            Shells(wall).run(Request("true", 60, lambda _: True, folder=WORKSPACE))
-        finally:
-            wall.close()
+            shells.run(Request("true", 60, lambda _: True, folder=WORKSPACE))
     return stood
 
 
