@@ -2,9 +2,9 @@
 
 Each rollout is a run of Hermes with five terminal commands in a sandbox and a verifier that runs another. The model
 answers after 200 ms. The time of a rollout that runs alone is divided: the model, the commands of the tools, the
-verifier, and all else, which is Hermes and this library; a profile says how much of it this library's own functions
-compute, which it makes seem more than it is. Then so many rollouts at once, in so many processes, and in two actors of
-a Ray cluster of this machine, beside two processes. The last line printed is one JSON object of the figures.
+verifier, and all else, which is Hermes and this library: a profile says how much of that this library computes. Then so
+many rollouts at once, in so many processes, and in two actors of a Ray cluster of this machine, beside two processes.
+The last line printed is one JSON object of the figures.
 
     python benchmarks/environment.py [--rollouts 64] [--short]
 """
@@ -35,6 +35,8 @@ from hermes_atropos.testing import ScriptedServer, chatml_tokenizer, tool_call
 LATENCY_S = 0.2
 #: How many run alone, one after the other.
 ALONE = 5
+#: Seconds for which the processes of a Ray cluster are busy with their own start.
+RAY_STARTS_S = 15
 COMMANDS = ["echo one > one", "ls", "cat one", "wc -l one", "echo done > result"]
 
 
@@ -146,25 +148,31 @@ async def child(rollouts: int) -> None:
         "verifier": env.verifying,
     }
     shares["all_else"] = seconds - sum(shares.values())
-    shares["own_code"] = await own_code(env)
+    shares["own_code"] = shares["all_else"] * await own_part(env)
     print(json.dumps({"rollout_s": round(seconds / ALONE, 3)} | percent(shares, seconds)), flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     started, cpu = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(one(env) for _ in range(rollouts)))
+    await in_groups(env, rollouts)
     print(json.dumps({"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}), flush=True)
 
 
 async def on_ray(rollouts: int) -> None:
-    """As many rollouts as two processes have, by two actors, each of which has rolled out before."""
+    """As many rollouts as two processes have, by two actors, once Ray's processes and they have started."""
     import ray
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     env = cluster.spread(Commands, f"{__file__}:Commands", 2, 1)(*configuration())
-    await asyncio.gather(*(env.collect_trajectories(number) for number in range(2)))
+    await in_groups(env, 8)
+    await asyncio.sleep(RAY_STARTS_S)
     started = time.perf_counter()
-    await asyncio.gather(*(env.collect_trajectories(number) for number in range(rollouts)))  # two in each group
+    await in_groups(env, 2 * rollouts)
     print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
     ray.shutdown()
+
+
+async def in_groups(env: HermesEnv, rollouts: int) -> None:
+    """So many rollouts at once, two to a group."""
+    await asyncio.gather(*(env.collect_trajectories(number) for number in range(rollouts // 2)))
 
 
 def configuration() -> tuple[HermesEnvConfig, list[APIServerConfig]]:
@@ -198,8 +206,11 @@ def timed_tools() -> list[float]:
     return seconds
 
 
-async def own_code(env: Commands) -> float:
-    """The seconds in which ``ALONE`` rollouts compute in functions of this library, and what these call of Python's."""
+async def own_part(env: Commands) -> float:
+    """The part of what ``ALONE`` rollouts compute, the model's apart, that functions of this library compute.
+
+    What these call of Python's own library counts as theirs.
+    """
     profiles = [cProfile.Profile(time.thread_time)]
     run_into = runtime.run_into
 
@@ -214,18 +225,17 @@ async def own_code(env: Commands) -> float:
     profiles[0].disable()
     runtime.run_into = run_into
     package = str(Path(hermes_atropos.__file__).parent)
-
-    def is_own(file: str) -> bool:
-        return file.startswith(package) and not file.startswith(f"{package}/testing/")
-
-    seconds = 0.0
+    own = theirs = 0.0
     for profile in profiles:
         for (file, _, _), (_, _, itself, _, callers) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-            if is_own(file):
-                seconds += itself
-            elif not Path(file).is_absolute() or "site-packages" not in file:
-                seconds += sum(of_caller[2] for caller, of_caller in callers.items() if is_own(caller[0]))
-    return seconds
+            if file.startswith(f"{package}/testing/"):
+                continue
+            of_own = sum(
+                seconds for (caller, _, _), (_, _, seconds, _) in callers.items() if caller.startswith(package)
+            )
+            mine = itself if file.startswith(package) else 0.0 if "site-packages" in file else of_own
+            own, theirs = own + mine, theirs + itself - mine
+    return own / (own + theirs)
 
 
 if __name__ == "__main__":
