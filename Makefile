@@ -66,10 +66,13 @@ engines: .venv/installed
 
 # The short forms; without --short each script takes minutes and prints the figures that count.
 bench: .venv/installed
-	for script in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script --short || exit 1; done
+	for script in $(filter-out benchmarks/soak.py benchmarks/endurance.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script --short || exit 1; done
 
+# Many rollouts at once under one fault after the other, and under all of them at random. Without --short the second
+# takes half an hour.
 soak: .venv/installed
 	$(BIN)/python benchmarks/soak.py --short
+	$(BIN)/python benchmarks/endurance.py --short
 
 clean:
 	rm -rf .venv build
