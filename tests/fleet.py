@@ -186,9 +186,9 @@ class Fleet:
             journal.close()
         return found
 
-    def wait_until(self, condition: Callable[[], bool], what: str = "it") -> None:
-        """Until a condition holds, for a minute at most."""
-        deadline = time.monotonic() + 60
+    def wait_until(self, condition: Callable[[], bool], what: str = "it", within: float = 60) -> None:
+        """Until a condition holds, for so many seconds at most."""
+        deadline = time.monotonic() + within
         while not condition():
             assert time.monotonic() < deadline, f"{what} did not happen\n{self.log[-5000:]}"
             time.sleep(0.02)

@@ -12,6 +12,9 @@ from test_environment_serving import asked, asking, check, running
 
 from hermes_atropos.trajectory import read_records
 
+#: Seconds for which a cluster may take to start an actor on a busy machine.
+STARTS = 150
+
 SERVE = ("-c", COMMAND, "serve", "sums.py:Sums", "--ray", "local")
 
 
@@ -20,11 +23,11 @@ def test_actors_roll_out_and_one_that_dies_is_started_again(tmp_path: Path) -> N
         fleet.api()
         trainer = Trainer(fleet.url)
         driver = fleet.start(*SERVE, "--processes", "2", "--cores", "0.5", "--env.records_path", "records.jsonl")
-        fleet.wait_until(lambda: len(asking(fleet)) == 2, "two actors")
+        fleet.wait_until(lambda: len(asking(fleet)) == 2, "two actors", STARTS)
         assert driver.pid not in asking(fleet)
         victim = asking(fleet).pop()
         os.kill(victim, signal.SIGKILL)
-        fleet.wait_until(lambda: len(asking(fleet) - {victim}) == 2, "a third actor")
+        fleet.wait_until(lambda: len(asking(fleet) - {victim}) == 2, "a third actor", STARTS)
         fleet.wait_for(trainer, 4)
         fleet.kill(driver, signal.SIGTERM)
         assert driver.returncode == 0, fleet.log

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import LIMIT, nothing_left, processes, until
-from tools import terminal_tool
+from tools import file_tools, terminal_tool
 from tools.environments.local import LocalEnvironment
 from tools.interrupt import set_interrupt
 from tools.process_registry import process_registry
@@ -431,6 +431,14 @@ class TestRelease:
         until(lambda: ended(last))
         assert process_registry.read_log(left)["status"] == "not_found"
         last.release()
+
+    def test_what_it_has_read_is_forgotten(self, sandbox: HermesSandbox) -> None:
+        sandbox.write_bytes("notes", b"text")
+        with sandbox.entered():
+            file_tools.read_file_tool("notes", task_id=sandbox.hermes_id)
+        assert sandbox.hermes_id in file_tools._read_tracker
+        sandbox.release()
+        assert sandbox.hermes_id not in file_tools._read_tracker
 
     def test_other_processes_go_on(self, sandbox: HermesSandbox) -> None:
         other = HermesSandbox()

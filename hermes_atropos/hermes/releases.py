@@ -93,6 +93,9 @@ class Release:
 
         return terminal_tool_lifecycle
 
+    def forget(self, task_id: str) -> None:
+        """Have the file tools forget what a task has read: they do with its environment."""
+
     def nobody_waits(self) -> None:
         """Tell Hermes' tools not to promise a later report: nobody is there to deliver it."""
         from gateway.session_context import declare_stateless_channel
@@ -111,6 +114,13 @@ class Before021(Release):
         from tools import terminal_tool
 
         return terminal_tool
+
+    def forget(self, task_id: str) -> None:
+        """These releases remember it for good."""
+        from tools.file_tools import _read_tracker, _read_tracker_lock
+
+        with _read_tracker_lock:
+            _read_tracker.pop(task_id, None)
 
 
 class Before020(Before021):

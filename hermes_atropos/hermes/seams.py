@@ -236,6 +236,8 @@ SEAMS: list[Seam] = [
     Seam("tools.process_registry", "ProcessRegistry._prune_if_needed"),
     Seam("tools.process_registry", "ProcessRegistry._write_checkpoint"),
     Seam("tools.process_registry", "save_completed_result", ("session",), since="0.21"),
+    Seam("tools.file_tools", "_read_tracker", until="0.21"),
+    Seam("tools.file_tools", "_read_tracker_lock", until="0.21"),
     Seam("tools.read_extract", "is_extractable_document", ("path",), since="0.19"),
     Seam("tools.image_source", "resolve_image_source", ("src", "ctx"), since="0.19"),
     Seam("tools.image_source", "_is_local_terminal_backend", (), since="0.19"),

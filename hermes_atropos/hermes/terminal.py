@@ -126,6 +126,7 @@ class HermesSandbox(Sandbox):
             self._tell_hermes_of_the_end()
             for task_id in self._registered:
                 release().lifecycle().cleanup_vm(task_id)
+                release().forget(task_id)
                 terminal_tool.clear_task_env_overrides(task_id)
             self._folders.remove()
 
