@@ -411,7 +411,8 @@ class TestRelease:
         """Hermes keeps 64 processes for all tasks together."""
 
         def leave(task: HermesSandbox, text: str) -> str:
-            answer = terminal_tool.terminal_tool(command=f"echo {text}", background=True, task_id=task.hermes_id)
+            command = f"sleep 0.3; echo {text}"  # Hermes goes on listing one that ends while it is being listed
+            answer = terminal_tool.terminal_tool(command=command, background=True, task_id=task.hermes_id)
             return str(json.loads(answer)["session_id"])
 
         def ended(task: HermesSandbox) -> bool:
