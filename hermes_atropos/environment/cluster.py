@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hermes_atropos.environment.launch import named, run
 from hermes_atropos.environment.rollouts import group_id
 from hermes_atropos.errors import ConfigurationError, HermesAtroposError, RolloutFailed
-from hermes_atropos.trajectory import AgentResult, write_record
+from hermes_atropos.trajectory import AgentResult
 
 if TYPE_CHECKING:
     from hermes_atropos.environment.env import HermesEnv
@@ -38,7 +38,7 @@ class Rolled:
     Attributes:
         groups: as ``collect_trajectories`` has them; None where there is none.
         failure: why there is none.
-        records: the trajectory of each rollout, also of those that failed.
+        records: the trajectory of each rollout, also of those that failed, where they are to be recorded.
         counts, metrics: what the actor has counted since it last gave something back.
     """
 
@@ -108,7 +108,8 @@ def recording(environment: type[HermesEnv]) -> type[HermesEnv]:
 
     class Recording(environment):  # type: ignore[misc, valid-type]
         async def record(self, trajectory: AgentResult) -> None:
-            _rolled.get().records.append(trajectory)
+            if self.config.records_path:  # otherwise nobody asks for it, and it is long
+                _rolled.get().records.append(trajectory)
 
     return Recording
 
@@ -171,18 +172,17 @@ def spread(environment: type[HermesEnv], name: str, count: int | None, cores: fl
             )
 
         async def collect_trajectories(self, item: Any) -> tuple[Any, list[Any]]:
+            self.in_flight += self.config.group_size
             try:
-                self.in_flight += self.config.group_size
                 rolled = await self.actors.roll_out(item)
             finally:
                 self.in_flight -= self.config.group_size
             self.counts.update(rolled.counts)
             for what, values in rolled.metrics.items():
                 self.metrics[what].extend(values)
-            if self.config.records_path:
-                for trajectory in rolled.records:
-                    trajectory.metadata["group"] = group_id.get()
-                    await asyncio.to_thread(write_record, trajectory, self.config.records_path, append=True)
+            for trajectory in rolled.records:
+                trajectory.metadata["group"] = group_id.get()
+                await self.record(trajectory)
             if rolled.failure is not None:
                 raise rolled.failure
             return rolled.groups, []

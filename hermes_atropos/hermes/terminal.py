@@ -71,7 +71,7 @@ class HermesSandbox(Sandbox):
     ) -> None:
         seams.check()
         self.task_id = task_id or f"task-{uuid.uuid4().hex[:12]}"
-        # Hermes' file tools remember for good what a task has read, by its id; the name may be used again.
+        # Hermes remembers tasks by their ids, some of it for good; the name may be used again.
         self.hermes_id = f"{self.task_id}-{uuid.uuid4().hex[:8]}"
         self._registered: set[str] = set()
         self._released = False
