@@ -7,8 +7,11 @@ import itertools
 import logging
 import os
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from support import run_script
 
 from hermes_atropos.cli import main
 from hermes_atropos.environment import HermesEnv, HermesEnvConfig, Reward
+from hermes_atropos.environment.outbox import Event, Outbox
+from hermes_atropos.environment.serving import Serving
 from hermes_atropos.errors import (
     BackendResponseError,
     ConfigurationError,
@@ -331,6 +336,51 @@ async def test_records_hold_every_rollout_with_its_score(make: Any, tmp_path: Pa
     assert [record.metadata.get("score") for record in records].count(1.0) == 3
     [failure] = [record.metadata["failure"] for record in records if "failure" in record.metadata]
     assert failure.startswith("RolloutFailed: the rollout ended as server_error")
+
+
+async def test_a_rollout_that_is_cancelled_while_it_is_recorded_is_recorded(make: Any, tmp_path: Path) -> None:
+    path, recording, free = tmp_path / "records.jsonl", asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+
+    class Busy(Greetings):
+        async def record(self, trajectory: Any) -> None:
+            loop.run_in_executor(None, free.wait)  # others have the loop's threads
+            recording.set()
+            await super().record(trajectory)
+
+    env = make(kind=Busy, records_path=str(path))
+    rollout = asyncio.create_task(env.rollout({"greeting": "hello"}))
+    await recording.wait()
+    rollout.cancel()
+    await asyncio.wait([rollout], timeout=0.1)
+    free.set()
+    with pytest.raises(asyncio.CancelledError):
+        await rollout
+    assert len(list(read_records(path))) == 1
+
+
+async def test_a_group_that_is_cancelled_while_it_is_written_down_is_sent(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = make(outbox_path=str(tmp_path / "outbox"), ensure_scores_are_not_same=False, max_token_length=-1)
+    env.serving = Serving(env)
+    env.running_items["a"] = {"item": {"greeting": "hello"}}
+    write = Outbox.ready
+
+    def ready(outbox: Outbox, *given: Any) -> None:
+        loop.call_soon_threadsafe(group.cancel)
+        time.sleep(0.1)
+        write(outbox, *given)
+
+    monkeypatch.setattr(Outbox, "ready", ready)
+    loop = asyncio.get_running_loop()
+    group = asyncio.create_task(env.handle_env("a"))
+    with pytest.raises(asyncio.CancelledError):
+        await group
+    [entry] = env.serving.outbox.waiting
+    assert (entry.state, len(entry.groups)) == (Event.READY, 1)
+    env.serving.outbox.close()
 
 
 async def test_the_page_of_a_run_has_its_groups_with_their_scores(

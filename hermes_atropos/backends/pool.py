@@ -39,6 +39,9 @@ ATTEMPTS = 6
 #: Seconds between looks at servers that are all unhealthy.
 HEALTH_LOOK_S = 0.1
 
+#: Of how many calls a server's timings are kept: atroposlib, which averages them for its log, never empties its lists.
+MEASURED = 10_000
+
 #: Calls under way by server and split, all pools of the process together.
 _in_flight: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
 
@@ -161,7 +164,9 @@ class Pool:
             under_way[split] -= 1
         eval_ = "eval_" if split == "eval" else ""
         for name, value in (("request_timings", time.time() - started), ("attempts_list", 1)):
-            getattr(server, eval_ + name, []).append(value)
+            measured = getattr(server, eval_ + name, [])
+            measured.append(value)
+            del measured[:-MEASURED]
         return answer
 
     def _slot(self, server: Any, split: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any
 from hermes_atropos.environment.config import FailedRollouts, HermesEnvConfig
 from hermes_atropos.errors import ConfigurationError, RolloutFailed, UntrackedError, VerifierError
 from hermes_atropos.harness import OpenedTask, Task
+from hermes_atropos.runtime import run_to_end
 from hermes_atropos.trajectory import AgentResult, StopReason, write_record
 from hermes_atropos.values import is_number
 
@@ -132,7 +134,8 @@ class Rollouts(ABC):
     async def record(self, trajectory: AgentResult) -> None:
         """Keep what a rollout left, also one that failed."""
         if self.config.records_path:
-            await asyncio.to_thread(write_record, trajectory, self.config.records_path, append=True)
+            # A call that waits for a thread would be dropped by a cancellation, and the record with it.
+            await run_to_end(functools.partial(write_record, trajectory, self.config.records_path, append=True))
 
     async def _run(self, item: Any, task: Task) -> tuple[AgentResult, float]:
         limit = self.config.rollout_timeout

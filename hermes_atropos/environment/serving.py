@@ -169,7 +169,8 @@ class Serving:
             self._failed_in_a_row = 0
             return groups
         except asyncio.CancelledError:
-            self.outbox.note(entry, Event.FAILED, why="the group was cancelled")
+            if entry.state is Event.BEGAN:  # otherwise it was finished, and its end was being written down
+                self.outbox.note(entry, Event.FAILED, why="the group was cancelled")
             raise
         except Exception as error:
             env.counts["groups failed"] += 1

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -59,8 +61,11 @@ LIKE_A_CONTAINER = "singularity"
 
 
 _environments: dict[str, WalledEnvironment] = {}
-#: The tasks that are over. For a call that comes too late Hermes would open an environment on this machine.
-_over: set[str] = set()
+#: The tasks that are over, and when they ended. For a call that comes too late Hermes would open an environment on this
+#: machine. None comes this many seconds later.
+_over: dict[str, float] = {}
+TOO_LATE = 3600.0
+_lock = threading.Lock()
 _current: ContextVar[WalledEnvironment | None] = ContextVar("hermes_atropos_wall", default=None)
 
 
@@ -71,7 +76,11 @@ def confine(task_id: str, environment: WalledEnvironment) -> None:
 
 def let_go(task_id: str) -> None:
     """The task is over."""
-    _over.add(task_id)
+    with _lock:
+        _over[task_id] = time.monotonic()
+        oldest = next(iter(_over))
+        if _over[oldest] < _over[task_id] - TOO_LATE:
+            del _over[oldest]
     _environments.pop(task_id, None)
 
 

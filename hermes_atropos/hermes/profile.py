@@ -11,6 +11,8 @@ Without it, Hermes reads and writes the user's home as always. Model calls go to
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import sys
@@ -79,6 +81,9 @@ ENVIRONMENT = {
     "HERMES_DISABLE_LAZY_INSTALLS": "1",
 }
 
+#: Of glibc's mallopt(3), in its malloc.h.
+M_ARENA_MAX = -8
+
 #: In Hermes' list of credentials, and needed elsewhere.
 OTHER_USES = {"HF_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"}
 
@@ -108,7 +113,8 @@ def use_training_profile(
     Call it before anything else imports Hermes, ``AtroposAIAgent`` included; a second call returns the same home. When
     the first agent is constructed, what the process holds by then, Hermes' modules above all, is taken out of the
     garbage collector's sight (``gc.freeze``): each of its looks through all of that would stop the event loop for a
-    tenth of a second.
+    tenth of a second. glibc is told to take memory from two heaps: by default it keeps up to eight for each core, which
+    hundreds of threads fill in turn, and none has what another has freed.
 
     Args:
         context_length: tokens that the model can read, by which Hermes compresses; None takes what the server says.
@@ -141,6 +147,8 @@ def use_training_profile(
     (home / "config.yaml").write_text(config, encoding="utf-8")
     os.environ.update(ENVIRONMENT, HERMES_HOME=str(home))
     os.environ.setdefault("TMPDIR", tempfile.gettempdir())  # from 0.21, Hermes takes another, and prunes it
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     _active, _log_folder = home, None if log_folder is None else Path(log_folder).absolute()
     for name in provider_credentials() - OTHER_USES - set(keep_env):
         os.environ.pop(name, None)
