@@ -156,6 +156,7 @@ SEAMS: list[Seam] = [
     Seam("agent.turn_context", "_maybe_title_session_at_turn_start", since="0.20"),
     Seam("tools.delegate_tool", "delegate_task", ("goal", "context", "tasks", "parent_agent")),
     Seam("tools.delegate_tool", "_resolve_delegation_credentials", ("cfg", "parent_agent")),
+    Seam("tools.delegate_tool", "_strip_model_hidden_task_fields", ("tasks",), since="0.18.2"),
     Seam("tools.tool_result_storage", "get_spillover_dir", (), since="0.20.6"),
     Seam("tools.environments.base", "set_activity_callback", ("cb",)),
     # Tools and toolsets.
