@@ -206,13 +206,17 @@ class Turnstile:
         self._patience_s = patience_s
         self._thread = threading.local()
 
-    def inside(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
         """Hold the place; a thread that holds it already, in a callback for example, keeps it."""
-        return self._hold(self._wait)
-
-    def first(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the place, before all who wait to be ``inside``: for what is short and waited for, such as a release."""
-        return self._hold(self._wait_first)
+        if self._held:
+            yield
+            return
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
@@ -224,21 +228,22 @@ class Turnstile:
         try:
             yield
         finally:
-            self._thread.held = self._wait()
+            self._enter()
 
     @contextlib.contextmanager
-    def _hold(self, wait: Callable[[], bool]) -> Iterator[None]:
+    def first(self) -> Iterator[None]:
+        """Hold the place, before all who wait to be ``inside``: for what is short and waited for, such as a release."""
         if self._held:
             yield
             return
-        self._thread.held = wait()
+        self._thread.held = self._wait_first()
         try:
             yield
         finally:
             self._leave()
 
-    def _wait(self) -> bool:
-        return self._place.acquire(timeout=self._patience_s)
+    def _enter(self) -> None:
+        self._thread.held = self._place.acquire(timeout=self._patience_s)
 
     def _wait_first(self) -> bool:
         turn = threading.Lock()

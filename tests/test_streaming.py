@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import random
 import threading
 import time
@@ -131,9 +130,9 @@ def test_no_character_of_a_call_is_shown_as_content(format: str, write: Any) -> 
         if (said.content or "") != content:  # harmony has no such text
             continue
         deltas: list[Delta] = []
-        listening = Hearing(deltas.append, TOOLS, functools.partial(parse_text, format=format, tools=TOOLS))
+        listening = Hearing(deltas.append, TOOLS)
         for end in range(len(text) + 1):
-            listening.so_far(text[:end])
+            listening.so_far(parse_text(text[:end], format=format, tools=TOOLS))
         assert len(said.calls) == 2
         assert heard(deltas, "content") == content
         assert [delta.text for delta in deltas if delta.kind == "call"] == ["ls", "terminal"]

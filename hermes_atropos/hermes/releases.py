@@ -6,7 +6,6 @@ The newest release is the base, and each class is what an older one lacks.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,9 +29,10 @@ class Release:
         """The tools of these toolsets that can run here, none of them deferred behind Hermes' tool search."""
         import model_tools
 
-        return model_tools.get_tool_definitions(
+        found: list[dict[str, Any]] = model_tools.get_tool_definitions(
             list(enabled), list(disabled) or None, quiet_mode=True, **self._undeferred
         )
+        return found
 
     _undeferred: Mapping[str, Any] = {"skip_tool_search_assembly": True}
 
@@ -42,7 +42,8 @@ class Release:
 
         accepted = inspect.signature(delegate_tool.delegate_task).parameters
         chosen = {name: value for name, value in arguments.items() if name in accepted}
-        return delegate_tool.delegate_task(**chosen | self._foreground(chosen), parent_agent=parent)
+        answer: str = delegate_tool.delegate_task(**chosen | self._foreground(chosen), parent_agent=parent)
+        return answer
 
     def _foreground(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         from tools.delegate_tool import _strip_model_hidden_task_fields
@@ -62,7 +63,10 @@ class Release:
 
     def rewrite_background(self, command: str) -> str:
         """A command whose ``A && B &`` does not hold the terminal; see Hermes' function."""
-        return importlib.import_module(self._sudo)._rewrite_compound_background(command)
+        from tools.terminal_tool_sudo import _rewrite_compound_background
+
+        rewritten: str = _rewrite_compound_background(command)
+        return rewritten
 
     def shown_characters(self) -> int:
         """How much the terminal tool shows of a command's output."""
@@ -74,7 +78,8 @@ class Release:
         """What the user's configuration adds to the requests of an endpoint (``custom_providers``)."""
         from agent.agent_init import _custom_provider_extra_body_for_agent
 
-        return _custom_provider_extra_body_for_agent(**endpoint)
+        found: Mapping[str, Any] | None = _custom_provider_extra_body_for_agent(**endpoint)
+        return found
 
     #: Whether a tool that runs alone does so on the thread of the loop; from 0.20 that thread waits for another.
     tools_run_here = False
@@ -84,10 +89,9 @@ class Release:
 
     def lifecycle(self) -> Any:
         """The module that finds and closes terminal environments."""
-        return importlib.import_module(self._lifecycle)
+        from tools import terminal_tool_lifecycle
 
-    #: Modules into which that of the terminal tool was divided.
-    _sudo, _lifecycle = "tools.terminal_tool_sudo", "tools.terminal_tool_lifecycle"
+        return terminal_tool_lifecycle
 
     def forget(self, task_id: str) -> None:
         """Have the file tools forget what a task has read: they do with its environment."""
@@ -100,7 +104,16 @@ class Release:
 
 
 class Before021(Release):
-    _sudo = _lifecycle = "tools.terminal_tool"
+    def rewrite_background(self, command: str) -> str:
+        from tools.terminal_tool import _rewrite_compound_background
+
+        rewritten: str = _rewrite_compound_background(command)
+        return rewritten
+
+    def lifecycle(self) -> Any:
+        from tools import terminal_tool
+
+        return terminal_tool
 
     def forget(self, task_id: str) -> None:
         """These releases remember it for good."""

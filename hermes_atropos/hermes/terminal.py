@@ -291,4 +291,5 @@ def apart(script: str) -> str:
 
 def backend() -> str:
     """The terminal backend that Hermes is configured for: ``local``, ``docker``, …"""
-    return terminal_tool._get_env_config()["env_type"]
+    name: str = terminal_tool._get_env_config()["env_type"]
+    return name

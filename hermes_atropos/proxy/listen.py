@@ -55,7 +55,6 @@ class Proxy:
             can't open another one.
 
     Attributes:
-        sessions: those that are open.
         where: the address that was asked for.
 
     Raises:
@@ -74,7 +73,6 @@ class Proxy:
         **options: Any,
     ) -> None:
         self.app = proxy_app(server, tokenizer, key=secrets.token_urlsafe() if key is None else key, **options)
-        self.sessions: Sessions = self.app.state.sessions
         config = uvicorn.Config(
             self.app,
             host=host,
@@ -87,6 +85,13 @@ class Proxy:
         )
         self.where = socket or f"http://{host}:{port}"
         self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def sessions(self) -> Sessions:
+        """Those that are open."""
+        sessions: Sessions = self.app.state.sessions
+        return sessions
 
     @property
     def url(self) -> str:
@@ -109,7 +114,8 @@ class Proxy:
         for session in self.sessions:
             await session.end()
         self._server.should_exit = True
-        await self._serving
+        if self._serving is not None:
+            await self._serving
 
     @contextlib.asynccontextmanager
     async def session(self, **options: Any) -> AsyncIterator[ProxySession]:

@@ -72,9 +72,11 @@ def _says_overlong(status: int, body: str) -> bool:
 def _words(body: str) -> str:
     """What a body says; of a page, as a gateway in front of the server sends, without its tags."""
     body = body.strip()
-    if body.startswith("<"):
-        return " ".join(re.sub(r"<(script|style)\b.*?</\1>|<[^>]+>", " ", body, flags=re.S).split())
-    return body
+    return (
+        " ".join(re.sub(r"<(script|style)\b.*?</\1>|<[^>]+>", " ", body, flags=re.S).split())
+        if body[:1] == "<"
+        else body
+    )
 
 
 def _retry_after(header: str) -> float | None:
