@@ -149,18 +149,21 @@ print(get_hermes_home())
 
 @pytest.mark.parametrize("profile", [True, False])
 def test_background_processes_are_noted_for_later_only_outside_of_it(profile: bool, tmp_path: Path) -> None:
-    """Hermes lists them in its home; where many end at once, that takes seconds. What they left is there to be read."""
+    """Hermes lists them in its home; where many end at once, that takes seconds. What they left is there to be read.
+
+    The command takes a while, because Hermes lists one twice that ends while it is being listed.
+    """
     script = f"""
 import hermes_atropos, json
 {"hermes_atropos.use_training_profile()" if profile else ""}
 from hermes_constants import get_hermes_home
 from support import agent_saying, until
 from hermes_atropos.testing import tool_call
-agent = agent_saying(tool_call("terminal", command="echo left", background=True), "Started.")
+agent = agent_saying(tool_call("terminal", command="sleep 0.5; echo left", background=True), "Started.")
 with agent.task(keep_processes=True) as task:
     task.run("Go.")
     from tools.process_registry import process_registry
-    process = process_registry.list_sessions()[0]  # one that ends meanwhile may be there twice
+    [process] = process_registry.list_sessions()
     until(lambda: process_registry.poll(process["session_id"])["status"] == "exited")
     print(process_registry.read_log(process["session_id"])["output"])
     until(lambda: {profile} or any(get_hermes_home().glob("processes*.json")))
