@@ -1,17 +1,4 @@
-"""The ``hermes-atropos`` command.
-
-hermes-atropos view RECORD [--html OUT.html]    show a recorded rollout, in the terminal or as an HTML page
-hermes-atropos view RECORD --groups FOLDER      write HTML pages of all rollouts of a file, by group with their scores
-hermes-atropos probe URL [--model NAME]         say in one sentence what answers at a URL
-hermes-atropos proxy --server URL               serve an OpenAI-compatible endpoint for each rollout
-hermes-atropos serve MODULE:CLASS [--processes N] [--env.… …]
-                                                serve a trainer with an environment, in several processes
-hermes-atropos evaluate MODULE:CLASS [--env.… …]    roll out an environment's items once; what was cut goes on
-hermes-atropos validate MODULE:CLASS            what the verifier says of the author's solutions, and of doing nothing
-hermes-atropos versions                         say what is installed, and whether it is supported
-hermes-atropos run [--server URL] [--records FILE] -- PROGRAM ARGS
-                                                run a program of Hermes, its sessions token-exact and recorded
-"""
+"""The ``hermes-atropos`` command; ``hermes-atropos --help`` says what it does."""
 
 from __future__ import annotations
 
@@ -68,16 +55,11 @@ def _parser() -> argparse.ArgumentParser:
 
     probe = commands.add_parser("probe", help="say what answers at a URL")
     probe.add_argument("url", metavar="URL", help="an inference server's address, with or without /v1")
-    probe.add_argument("--model", metavar="NAME", help="the model to ask for; by default the one listed first")
-    probe.add_argument("--api-key", metavar="KEY", help="where the server asks for one")
     probe.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="compare it with the server's own")
     probe.set_defaults(run=_probe)
 
     proxy = commands.add_parser("proxy", help="serve an OpenAI-compatible endpoint for each rollout")
     proxy.add_argument("--server", metavar="URL", required=True, help="an inference server that returns token ids")
-    proxy.add_argument("--model", metavar="NAME", help="the model to ask for; by default the one listed first")
-    proxy.add_argument("--api-key", metavar="KEY", help="where the server asks for one")
-    proxy.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="the model's; by default the one the server names")
     proxy.add_argument("--records", metavar="FOLDER", type=Path, default=Path("rollouts"), help="default: %(default)s")
     proxy.add_argument("--host", default="127.0.0.1", help="where to listen; default: %(default)s")
     proxy.add_argument("--port", type=int, default=9100, help="default: %(default)s")
@@ -93,12 +75,14 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a program of Hermes on an inference server, and record its sessions")
     run.add_argument("--server", metavar="URL", help="an inference server; by default each agent's own base_url")
-    run.add_argument("--model", metavar="NAME", help="the model to ask for; by default the one listed first")
-    run.add_argument("--api-key", metavar="KEY", help="where the server asks for one")
-    run.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="the model's; by default the server's own")
     run.add_argument("--records", metavar="FILE", type=Path, help="record each conversation in this file")
     run.add_argument("command", metavar="PROGRAM ARGS", nargs=argparse.REMAINDER, help="after --, as: hermes -z Hello")
     run.set_defaults(run=_run)
+    for command in (probe, proxy, run):
+        command.add_argument("--model", metavar="NAME", help="the model to ask for; by default the one listed first")
+        command.add_argument("--api-key", metavar="KEY", help="where the server asks for one")
+    for command in (proxy, run):
+        command.add_argument("--tokenizer", metavar="NAME_OR_PATH", help="the model's; by default the server's own")
 
     serve = commands.add_parser("serve", help="serve a trainer with an environment", allow_abbrev=False)
     serve.add_argument("--processes", metavar="N", type=int, help="default: 1; on a cluster, as many as have room")
@@ -209,16 +193,16 @@ def _serve(options: argparse.Namespace) -> None:
 
         cluster.serve(options.environment, options.ray, options.processes, options.cores, options.arguments)
     elif options.processes in (None, 1):
-        launch.command_line(options.environment, "serve", options.arguments)
+        launch.run(launch.named(options.environment), "serve", options.environment, options.arguments)
     else:
         launch.named(options.environment)  # found wrong here once, and not by each process
         launch.supervise(options.environment, options.processes, options.arguments)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from hermes_atropos.environment.launch import command_line
+    from hermes_atropos.environment.launch import named, run
 
-    command_line(options.environment, "evaluate", options.arguments)
+    run(named(options.environment), "evaluate", options.environment, options.arguments)
 
 
 def _validate(options: argparse.Namespace) -> None:

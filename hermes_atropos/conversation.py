@@ -15,7 +15,7 @@ import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 from hermes_atropos.backends import Backend, ModelTurn, TrackingBackend
@@ -47,10 +47,10 @@ class Exchange:
         reasoning: what it thought.
     """
 
-    before: list[Message] = field(default_factory=list)
-    errors: dict[str, Message] = field(default_factory=dict)
-    calls: list[tuple[ToolCall, ToolCall]] = field(default_factory=list)
-    reasoning: str | None = None
+    before: list[Message]
+    errors: dict[str, Message]
+    calls: list[tuple[ToolCall, ToolCall]]
+    reasoning: str | None
 
 
 class Conversation:
@@ -132,7 +132,7 @@ class Conversation:
         The last message of the question may differ: harnesses add an admonition to it. Where more differs the history
         was rewritten, and the answer is a part of what was.
         """
-        if not self.backend.tracks_tokens or not self.steps or not self.steps[-1]:
+        if not self.backend.tracks_tokens or not self.steps:
             return
         ledger = cast(TrackingBackend, self.backend).ledger
         refs = {turn.ref for turn in self.steps[-1] if turn.ref}
@@ -358,10 +358,9 @@ def tool_result(call: ToolCall | None, message: Mapping[str, Any]) -> ToolResult
     The tool that ran may not be the one that was called: Hermes' ``tool_call`` hands on to others.
     """
     content = str(message.get("content") or "")
-    try:
+    answer: Any = None
+    with contextlib.suppress(ValueError):
         answer = json.loads(content)
-    except ValueError:
-        answer = None
     answer = answer if isinstance(answer, dict) else {}
     error = (call.error if call else None) or answer.get("error") or None
     return ToolResult(

@@ -19,7 +19,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from hermes_atropos.runtime import check_not_on, portal_loop, run_on_portal
@@ -191,18 +190,14 @@ class OpenedTask(Generic[SomeTask]):
     async def __aenter__(self) -> SomeTask:
         return await self._opened.__aenter__()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return await self._opened.__aexit__(kind, error, trace)
+    async def __aexit__(self, *raised: Any) -> bool | None:
+        return await self._opened.__aexit__(*raised)
 
     def __enter__(self) -> BlockingTask:
         return BlockingTask(_wait_for(self._opened.__aenter__))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return _wait_for(lambda: self._opened.__aexit__(kind, error, trace))
+    def __exit__(self, *raised: Any) -> bool | None:
+        return _wait_for(lambda: self._opened.__aexit__(*raised))
 
 
 class BlockingTask:

@@ -6,6 +6,7 @@ nothing more. :class:`ToStandardError` on the library's own logger does, and lea
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-__all__ = ["ToStandardError", "excerpt", "log_exchange", "redact", "show"]
+__all__ = ["ToStandardError", "excerpt", "keys_in", "log_exchange", "redact", "show"]
 
 
 class ToStandardError(logging.Handler):
@@ -132,3 +133,24 @@ def redact(text: str) -> str:
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+#: A name of an environment variable of which a word says that it has a key, or leads to one.
+_SECRET_VARIABLE = re.compile(
+    r"""
+    (?:^|_) (?: api_?keys? | auth | cookies? | dsn | gpg_agent_info | kerberos | keys? | krb5ccname | kubeconfig | netrc
+              | jwt | pat | tokens? ) (?:_|$)
+    | access_?key | credential | passphrase | passwd | password | secret | private_?key | _pwd$ | apikey
+    """,
+    re.I | re.X,
+)
+
+
+def keys_in(environ: Mapping[str, str]) -> set[str]:
+    """The variables that look like a key, by their name or their value (a provider's prefix, a password in a URL)."""
+    return {name for name, value in environ.items() if _is_key(name, value)}
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_key(name: str, value: str) -> bool:
+    return bool(_SECRET_VARIABLE.search(name)) or redact(value) != value

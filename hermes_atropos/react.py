@@ -18,24 +18,22 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 from hermes_atropos import harness
+from hermes_atropos.backends import ModelTurn
 from hermes_atropos.backends.resolve import resolve
 from hermes_atropos.conversation import Conversation, assistant_message, stop_reason_of
 from hermes_atropos.errors import BackendTimeoutError, ConfigurationError, ToolDefinitionError
 from hermes_atropos.logs import redact
 from hermes_atropos.messages import tool_call_block
+from hermes_atropos.sandbox import Sandbox
+from hermes_atropos.sandbox.wall import WallArguments
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.toolcalls.prompts import call_schema
 from hermes_atropos.tools import ToolRegistry, ToolResult, ToolTask
 from hermes_atropos.trajectory import AgentResult, SequenceData, StopReason
 from hermes_atropos.values import is_number
-
-if TYPE_CHECKING:
-    from hermes_atropos.backends import ModelTurn
-    from hermes_atropos.sandbox import Sandbox
-from hermes_atropos.sandbox.wall import WallArguments
 
 __all__ = ["AgentConfig", "AgentTask", "AtroposAgent"]
 
@@ -156,11 +154,21 @@ class AtroposAgent:
 
     @property
     def system_prompt(self) -> str:
-        """What the agent tells the model of its work; the tools' schemas are added where the chat template has them."""
+        """What the agent tells the model of its work: ``AgentConfig.system_prompt``, or a default, empty without tools.
+
+        The default says how to work, how to write calls, what the tools' descriptions leave out, and shows worked
+        examples; calls are explained and shown in the ``hermes`` format only. The tools' own schemas are not in it: the
+        chat template lists them, or the renderer where the template cannot.
+        """
         if self.config.system_prompt is not None:
             return self.config.system_prompt
+        if not self.tools:
+            return ""
         renderer = getattr(self._backend, "renderer", None)
-        return default_system_prompt(self.tools, tool_format=getattr(renderer, "tool_format", "hermes"))
+        calls, examples = "", ""
+        if getattr(renderer, "tool_format", "hermes") == "hermes":
+            calls, examples = CALLS.format(schema=json.dumps(call_schema())), EXAMPLES
+        return "\n\n".join(filter(None, [WORK, calls, self.tools.notes, examples]))
 
     async def run(self, task: str, initial_messages: Sequence[Mapping[str, Any]] | None = None) -> AgentResult:
         """Work on ``task`` until the model answers, in a task of its own; see ``AgentTask.run``."""
@@ -215,6 +223,8 @@ class AtroposAgent:
 class AgentTask(harness.Task):
     """A rollout of an ``AtroposAgent``, for the length of ``async with agent.task(…)``."""
 
+    trajectory: AgentResult | None = None
+
     def __init__(
         self, agent: AtroposAgent, tools: ToolTask, conversation: Conversation, *, keep_processes: bool
     ) -> None:
@@ -222,7 +232,6 @@ class AgentTask(harness.Task):
         self._agent = agent
         self._tools = tools
         self._conversation = conversation
-        self._trajectory: AgentResult | None = None
         self._results: dict[str, ToolResult] = {}
         self._said: dict[str, list[Message]] = {}
 
@@ -233,10 +242,6 @@ class AgentTask(harness.Task):
     @property
     def sandbox(self) -> Sandbox:
         return self._tools.require_sandbox()
-
-    @property
-    def trajectory(self) -> AgentResult | None:
-        return self._trajectory
 
     async def run(
         self,
@@ -281,7 +286,7 @@ class AgentTask(harness.Task):
             logger.warning("the rollout %s failed: %s", self.task_id, error, exc_info=reason is StopReason.ERROR)
         finally:
             result = self._result(messages, reason, answer, error)
-            self._agent.last_result = self._trajectory = result
+            self._agent.last_result = self.trajectory = result
         return result
 
     async def _loop(self, messages: list[Message]) -> tuple[StopReason, str]:
@@ -409,27 +414,6 @@ def as_text(turn: ModelTurn) -> str:
     thinking = f"<think>\n{turn.reasoning}\n</think>" if turn.reasoning else None
     calls = [tool_call_block(call.name, call.arguments) if call.format == "openai" else call.raw for call in turn.calls]
     return "\n".join(filter(None, [thinking, turn.content, *calls]))
-
-
-def default_system_prompt(tools: ToolRegistry, *, tool_format: str = "hermes") -> str:
-    """How to work, how to write calls, what the tools' descriptions leave out, and worked examples.
-
-    The tools' own schemas are not in it: the chat template lists them, or the renderer where the template cannot.
-
-    Args:
-        tools: what can be called; without any the prompt is empty.
-        tool_format: how the model writes calls; tags are explained and shown for ``hermes`` only.
-    """
-    if not tools:
-        return ""
-    parts = [WORK]
-    if tool_format == "hermes":
-        parts.append(CALLS.format(schema=json.dumps(call_schema())))
-    if tools.notes:
-        parts.append(tools.notes)
-    if tool_format == "hermes":
-        parts.append(EXAMPLES)
-    return "\n\n".join(parts)
 
 
 WORK = """\

@@ -206,17 +206,13 @@ class Turnstile:
         self._patience_s = patience_s
         self._thread = threading.local()
 
-    @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
+    def inside(self) -> contextlib.AbstractContextManager[None]:
         """Hold the place; a thread that holds it already, in a callback for example, keeps it."""
-        if self._held:
-            yield
-            return
-        self._enter()
-        try:
-            yield
-        finally:
-            self._leave()
+        return self._hold(self._wait)
+
+    def first(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the place, before all who wait to be ``inside``: for what is short and waited for, such as a release."""
+        return self._hold(self._wait_first)
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
@@ -228,22 +224,21 @@ class Turnstile:
         try:
             yield
         finally:
-            self._enter()
+            self._thread.held = self._wait()
 
     @contextlib.contextmanager
-    def first(self) -> Iterator[None]:
-        """Hold the place, before all who wait to be ``inside``: for what is short and waited for, such as a release."""
+    def _hold(self, wait: Callable[[], bool]) -> Iterator[None]:
         if self._held:
             yield
             return
-        self._thread.held = self._wait_first()
+        self._thread.held = wait()
         try:
             yield
         finally:
             self._leave()
 
-    def _enter(self) -> None:
-        self._thread.held = self._place.acquire(timeout=self._patience_s)
+    def _wait(self) -> bool:
+        return self._place.acquire(timeout=self._patience_s)
 
     def _wait_first(self) -> bool:
         turn = threading.Lock()

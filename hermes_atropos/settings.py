@@ -34,15 +34,10 @@ BRIEF, FULL = 4_000, 200_000
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the environment asks for.
+    """What the environment asks for, in the words of the module's table. None sets no limit and reports nothing.
 
     Attributes:
-        bypass_managed_server: talk to the OpenAI-compatible endpoint itself, without tokens, to isolate a fault.
-        direct_request_timeout_s: limit of such a request, in seconds.
-        agent_chat_timeout_s: limit of one model call, in seconds; None sets no limit.
-        wait_report_every_s: seconds between reports while a model call is waited for; None reports nothing.
         request_limit, response_limit: characters of a request or response to log; 0 logs none.
-        threads: how many rollouts may run at once on threads.
     """
 
     bypass_managed_server: bool = False

@@ -30,7 +30,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, overload
+from typing import Any, TypedDict, TypeVar, Unpack, overload
 
 import docstring_parser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -41,13 +41,11 @@ from pydantic_core import to_json
 
 from hermes_atropos.errors import ConfigurationError, SandboxError, ToolDefinitionError
 from hermes_atropos.runtime import run_in_rollout_thread
+from hermes_atropos.sandbox import Sandbox
+from hermes_atropos.sandbox.wall import WallArguments
 from hermes_atropos.toolcalls import ToolCall, error_result, validate
 from hermes_atropos.trajectory import ToolResult
 from hermes_atropos.values import SURROGATE
-
-if TYPE_CHECKING:
-    from hermes_atropos.sandbox import Sandbox
-from hermes_atropos.sandbox.wall import WallArguments
 
 __all__ = ["Tool", "ToolRegistry", "ToolResult", "ToolTask"]
 
@@ -84,8 +82,7 @@ class Tool:
 
     @property
     def name(self) -> str:
-        name: str = self.definition["function"]["name"]
-        return name
+        return self.definition["function"]["name"]
 
 
 @dataclass(slots=True)
@@ -112,6 +109,15 @@ class ToolTask:
         return self.sandbox
 
 
+class Registration(TypedDict, total=False):
+    """What :meth:`ToolRegistry.register` takes beside the tool."""
+
+    name: str | None
+    description: str | None
+    parallel: bool
+    time_limit_s: float | None
+
+
 class ToolRegistry:
     """Tools by name.
 
@@ -134,26 +140,10 @@ class ToolRegistry:
             self.register(tool)
 
     @overload
-    def register(
-        self,
-        tool: None = None,
-        *,
-        name: str | None = None,
-        description: str | None = None,
-        parallel: bool = True,
-        time_limit_s: float | None = None,
-    ) -> Callable[[T], T]: ...
+    def register(self, tool: None = None, **options: Unpack[Registration]) -> Callable[[T], T]: ...
 
     @overload
-    def register(
-        self,
-        tool: T,
-        *,
-        name: str | None = None,
-        description: str | None = None,
-        parallel: bool = True,
-        time_limit_s: float | None = None,
-    ) -> T: ...
+    def register(self, tool: T, **options: Unpack[Registration]) -> T: ...
 
     def register(
         self,

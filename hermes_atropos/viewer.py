@@ -109,33 +109,27 @@ def view(result: AgentResult, tokenizer: Any = None, *, title: str = "Rollout") 
     places = {message["turn"]: place for place, message in enumerate(messages) if message["turn"]}
     spoken = {step.turns[-1]: step.assistant_message for step in result.steps if step.turns}
     vocabulary = result.vocabulary or None if tokenizer is None else Vocabulary(tokenizer)
-
-    def shown(sequence: SequenceData, label: str, *, discarded: bool) -> SequenceView:
+    thrown_away = [sequence for sequence in result.all_sequences if any(map(_thrown_away, _turns(sequence)))]
+    labelled = [(f"Sequence {number}", sequence, False) for number, sequence in enumerate(result.sequences, start=1)]
+    labelled += [(f"Discarded {number}", sequence, True) for number, sequence in enumerate(thrown_away, start=1)]
+    sequences: list[SequenceView] = []
+    for label, sequence, discarded in labelled:
         logprobs = _logprobs(sequence, only_discarded=discarded)
         if tokenizer is not None:
             _check_tokenizer(tokenizer, sequence)
         texts = token_texts(vocabulary, sequence.tokens) if vocabulary is not None else None
-        return {
-            "label": label,
-            "notes": [],
-            "discarded": discarded,
-            "tokens": sequence.tokens,
-            "logprobs": logprobs,
-            "texts": texts,
-            "text": sequence.full_text if texts is None else "",
-            "runs": _runs(sequence, logprobs, places, spoken),
-        }
-
-    sequences = [
-        shown(sequence, f"Sequence {number}", discarded=False)
-        for number, sequence in enumerate(result.sequences, start=1)
-    ]
-    thrown_away = [sequence for sequence in result.all_sequences if any(map(_thrown_away, _turns(sequence)))]
-    sequences += [
-        shown(sequence, f"Discarded {number}", discarded=True) for number, sequence in enumerate(thrown_away, start=1)
-    ]
-    for place, (sequence, data) in enumerate(zip(sequences, [*result.sequences, *thrown_away], strict=True)):
-        sequence["notes"] = list(_notes(sequence, data, sequences[:place]))
+        sequences.append(
+            {
+                "label": label,
+                "notes": list(_notes(sequence, sequences)),
+                "discarded": discarded,
+                "tokens": sequence.tokens,
+                "logprobs": logprobs,
+                "texts": texts,
+                "text": sequence.full_text if texts is None else "",
+                "runs": _runs(sequence, logprobs, places, spoken),
+            }
+        )
     return {
         "title": title,
         "facts": list(_facts(result)),
@@ -343,14 +337,14 @@ def _runs(
     return runs
 
 
-def _notes(sequence: SequenceView, data: SequenceData, earlier: Sequence[SequenceView]) -> Iterator[str]:
+def _notes(sequence: SequenceData, earlier: Sequence[SequenceView]) -> Iterator[str]:
     """What sets a sequence apart from those before it."""
-    shared = max(earlier, key=lambda other: _common(other["tokens"], sequence["tokens"]), default=None)
+    shared = max(earlier, key=lambda other: _common(other["tokens"], sequence.tokens), default=None)
     if shared is not None:
-        yield f"leaves {shared['label']} after {_common(shared['tokens'], sequence['tokens']):,} tokens"
-    causes = {turn.get("cause") for turn in _turns(data)} - {None, "first"}
+        yield f"leaves {shared['label']} after {_common(shared['tokens'], sequence.tokens):,} tokens"
+    causes = {turn.get("cause") for turn in _turns(sequence)} - {None, "first"}
     yield from (f"a new stream: {str(cause).replace('_', ' ')}" for cause in causes)
-    yield from (f"discarded: {turn['discarded']}" for turn in _turns(data) if _thrown_away(turn))
+    yield from (f"discarded: {turn['discarded']}" for turn in _turns(sequence) if _thrown_away(turn))
 
 
 def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -460,8 +454,5 @@ def _sequence_table(sequences: Sequence[SequenceView]) -> Table:
 
 
 def _legend() -> Text:
-    bounds = [0.0, *SCALE]
-    labels = [f"{bound:g}" for bound in bounds]
-    return Text("logprob up to  ", "dim").append_text(
-        Text("  ").join(Text(label, colour) for label, colour in zip(labels, TERMINAL_COLOURS, strict=True))
-    )
+    labels = [Text(f"{bound:g}", colour) for bound, colour in zip((0.0, *SCALE), TERMINAL_COLOURS, strict=True)]
+    return Text("logprob up to  ", "dim").append_text(Text("  ").join(labels))

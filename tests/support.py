@@ -237,7 +237,7 @@ def left() -> dict[str, dict[Any, Any]]:
         "sandboxes": {
             **dict.fromkeys(terminal_tool._active_environments, "environment"),
             **dict.fromkeys(terminal_tool._task_env_overrides, "override"),
-            **folder._in_use,
+            **folder._open_tasks,
         },
         "threads": {thread.ident: thread.name for thread in threads},
         "processes": processes(),

@@ -295,11 +295,10 @@ class TestAsSampled:
 
 
 class TestCutOff:
-    @pytest.mark.parametrize("sampling", [{"max_tokens": 20}])
-    async def test_a_call_that_was_cut_off_is_told_so(self, sampling: dict[str, Any]) -> None:
+    async def test_a_call_that_was_cut_off_is_told_so(self) -> None:
         long = tool_call("add", a=1, b=2, note="word " * 100)
         conversation, server = conversation_with(long, "Too long, then.")
-        await conversation.chat([USER], TOOLS, **sampling)
+        await conversation.chat([USER], TOOLS, max_tokens=20)
         [error] = [message["content"] for message in conversation.messages if message["role"] == "tool"]
         assert "cut off by the token limit after 20 tokens" in error
         assert error in server.requests[-1].prompt

@@ -38,9 +38,9 @@ def test_a_group_waits_until_it_is_drawn_and_then_leaves_nothing(tmp_path: Path)
     outbox = Outbox(tmp_path, "sums")
     entry = finished(outbox, "a")
     assert list(outbox.waiting) == [entry]
-    outbox.sending(entry)
-    outbox.taken(entry)
-    outbox.ended(entry, Event.DRAWN)
+    outbox.note(entry, Event.SENDING)
+    outbox.note(entry, Event.TAKEN)
+    outbox.note(entry, Event.DRAWN)
     outbox.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -50,9 +50,9 @@ def test_the_next_process_goes_on_with_what_one_has_left(tmp_path: Path) -> None
     outbox.began("cut", 1)
     finished(outbox, "first")
     finished(outbox, "second")
-    outbox.sending(finished(outbox, "doubtful"))
-    outbox.taken(finished(outbox, "queued"))
-    outbox.ended(finished(outbox, "drawn"), Event.DRAWN)
+    outbox.note(finished(outbox, "doubtful"), Event.SENDING)
+    outbox.note(finished(outbox, "queued"), Event.TAKEN)
+    outbox.note(finished(outbox, "drawn"), Event.DRAWN)
     outbox.close()
     after = Outbox(tmp_path, "sums")
     assert [entry.id for entry in after.waiting] == ["first", "second"]
@@ -83,7 +83,7 @@ def test_another_environments_groups_are_left_to_it(tmp_path: Path) -> None:
 
 def test_what_was_refused_is_kept_and_not_taken_over(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path, "sums")
-    outbox.ended(finished(outbox, "a"), Event.REFUSED, "too long")
+    outbox.note(finished(outbox, "a"), Event.REFUSED, why="too long")
     outbox.close()
     after = Outbox(tmp_path, "sums")
     assert not after.waiting
@@ -97,13 +97,13 @@ def test_what_was_refused_is_kept_and_not_taken_over(tmp_path: Path) -> None:
 def test_a_torn_last_line_never_happened(tmp_path: Path, cut: int) -> None:
     outbox = Outbox(tmp_path, "sums")
     finished(outbox, "a")
-    outbox.sending(finished(outbox, "b"))
+    outbox.note(finished(outbox, "b"), Event.SENDING)
     outbox.close()
     [path] = tmp_path.iterdir()
     os.truncate(path, path.stat().st_size - cut)
     after = Outbox(tmp_path, "sums")
     assert [entry.id for entry in after.waiting] == ["a", "b"]
-    after.sending(after.waiting[0])
+    after.note(after.waiting[0], Event.SENDING)
     after.close()
     assert states(tmp_path) == {"a": Event.SENDING, "b": Event.READY}
 
@@ -156,8 +156,8 @@ async def main():
     for entry in box.cut + box.queued:
         with open("named", "a") as file:
             file.write(entry.id + "\\n")
-        box.ended(entry, Event.FAILED)
-    sender = Delivery(Api(), box, dict)
+        box.note(entry, Event.FAILED)
+    sender = Delivery(Api(), box, {})
     await sender.register()
     sending = asyncio.create_task(sender.run())
     for number in range(4):

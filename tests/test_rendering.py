@@ -334,7 +334,8 @@ class TestBridge:
         counted, tokenizer.characters = tokenizer.characters, 0
         assert renderer.bridge(long, ids, [result("id", "A new result?")], many) is not None
         assert first is not None
-        assert tokenizer.characters == counted < 500
+        assert tokenizer.characters == counted
+        assert 0 < counted < 500
 
     @pytest.mark.parametrize(
         ("history", "new"),
@@ -404,15 +405,22 @@ class TestBridge:
         assert kept() is None
 
 
-class Counting:
-    """A tokenizer that counts the characters that it encodes."""
+class Wrapped:
+    """A tokenizer around another, which is asked itself and not by way of its backend."""
+
+    backend_tokenizer = None
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.characters = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
+
+
+class Counting(Wrapped):
+    """Counts the characters that it encodes."""
+
+    characters = 0
 
     def encode(self, text: str, **options: Any) -> list[int]:
         self.characters += len(text)
@@ -464,7 +472,7 @@ class TestTurns:
     )
     def test_a_parameter_that_is_declared_as_a_string_stays_one(self, format: str, text: str) -> None:
         family = next(family for family in FAMILIES if family.format == format)
-        [call] = RENDERERS[family.name].parse(encode(TOKENIZERS[family.name], text), TOOLS).calls
+        [call] = RENDERERS[family.name].parse(encode(TOKENIZERS[family.name], text), TOOLS, []).calls
         assert call.arguments == {"text": "42"}
 
     @every_family
@@ -496,7 +504,7 @@ class TestTurns:
     def test_the_end_is_not_part_of_the_answer(self, cut: bool) -> None:
         tokenizer = chatml_tokenizer()
         ids = encode(tokenizer, "<think>\nHm.\n</think>\n\nFour." + ("" if cut else "<|im_end|>"))
-        parsed = renderer_for(tokenizer).parse(ids)
+        parsed = renderer_for(tokenizer).parse(ids, None, [])
         assert (parsed.content, parsed.reasoning, parsed.calls) == ("Four.", "Hm.", [])
 
     def test_reasoning_that_the_prompt_opened(self) -> None:
@@ -504,10 +512,9 @@ class TestTurns:
         renderer, tokenizer = RENDERERS[family.name], TOKENIZERS[family.name]
         opened, closed = encode(tokenizer, "<｜Assistant｜><think>\n"), encode(tokenizer, "<｜Assistant｜>")
         ids = encode(tokenizer, "Two and two")
-        assert renderer.parse(ids).reasoning == "Two and two"
-        assert renderer.parse(ids, prompt_ids=opened).reasoning == "Two and two"
-        assert renderer.parse(ids, prompt_ids=closed).content == "Two and two"
-        assert renderer.parse([*ids, *encode(tokenizer, "</think>4")], prompt_ids=opened).content == "4"
+        assert renderer.parse(ids, None, opened).reasoning == "Two and two"
+        assert renderer.parse(ids, None, closed).content == "Two and two"
+        assert renderer.parse([*ids, *encode(tokenizer, "</think>4")], None, opened).content == "4"
 
     def test_what_a_user_says_is_no_call(self) -> None:
         tokenizer = chatml_tokenizer()
@@ -531,16 +538,15 @@ class TestTerms:
     """Conversations as harnesses write them become what the template takes."""
 
     def test_keys_of_the_harness_are_left_out(self) -> None:
-        tokenizer = chatml_tokenizer()
         noisy = [
             user("Go.") | {"atropos_turn": "t1", "timestamp": 3},
             answer("Yes.", finish_reason="stop", tool_calls=[]),
         ]
-        seen: list[Any] = []
-        renderer = TemplateRenderer(Recording(tokenizer, seen))
-        seen.clear()
+        tokenizer = Recording(chatml_tokenizer())
+        renderer = TemplateRenderer(tokenizer)
+        tokenizer.seen.clear()
         renderer.render(noisy)
-        assert seen == [[user("Go."), answer("Yes.")]]
+        assert tokenizer.seen == [[user("Go."), answer("Yes.")]]
 
     @pytest.mark.parametrize("arguments", ['{"text": "é", "n": 1}', {"text": "é", "n": 1}], ids=["text", "object"])
     @pytest.mark.parametrize("family", [family for family in FAMILIES if family.tool_role], ids=str)
@@ -653,15 +659,12 @@ class TestTerms:
         assert '<tool_call>\n{"name": "terminal"' in told.decode(told.render(messages, TOOLS))
 
 
-class Recording:
-    """A tokenizer that records the conversations it is asked to render."""
+class Recording(Wrapped):
+    """Records the conversations that it is asked to render."""
 
-    def __init__(self, tokenizer: Any, seen: list[Any]) -> None:
-        self.tokenizer = tokenizer
-        self.seen = seen
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        self.seen: list[Any] = []
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         self.seen.append(messages)
@@ -823,7 +826,7 @@ class TestReasoningTags:
         renderer = renderer_for(tokenizer)
         assert renderer.reasoning_tags == tags
         text = f"Hm.\n{closing}\n\nFour.<|im_end|>" if opens else f"{opening}\nHm.\n{closing}\n\nFour.<|im_end|>"
-        parsed = renderer.parse(encode(tokenizer, text))
+        parsed = renderer.parse(encode(tokenizer, text), None, renderer.render([user("Go.")]))
         assert (parsed.content, parsed.reasoning) == ("Four.", "Hm.")
 
     def test_reasoning_has_a_place_in_the_content_where_that_keeps_it(self) -> None:
@@ -917,7 +920,7 @@ class TestMaking:
     def test_a_format_that_was_asked_for(self) -> None:
         tokenizer = chatml_tokenizer()
         ids = encode(tokenizer, '[terminal(text="ls")]')
-        [call] = renderer_for(tokenizer, tool_format="pythonic").parse(ids, TOOLS).calls
+        [call] = renderer_for(tokenizer, tool_format="pythonic").parse(ids, TOOLS, []).calls
         assert call.arguments == {"text": "ls"}
 
     def test_a_conversation_that_the_template_refuses(self) -> None:
@@ -1018,28 +1021,20 @@ class TestChunks:
         first = renderer.render(messages)
         tokenizer.characters = 0
         assert renderer.render([*messages, user("On.")])[: len(first) - 4] == first[:-4]
-        assert tokenizer.characters < 100
+        assert 0 < tokenizer.characters < 100
 
     def test_memory_is_bounded(self) -> None:
-        tokenizer = chatml_tokenizer()
-        encoder = ChunkEncoder(Repeating(tokenizer, REMEMBERED_TOKENS // 10))
+        encoder = ChunkEncoder(Repeating(chatml_tokenizer()))
         for number in range(40):
             encoder(f"<|im_start|>{number}")
         assert encoder.remembered <= REMEMBERED_TOKENS
 
 
-class Repeating:
-    """A tokenizer all of whose texts are long."""
-
-    def __init__(self, tokenizer: Any, length: int) -> None:
-        self.tokenizer = tokenizer
-        self.length = length
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
+class Repeating(Wrapped):
+    """All of its texts are long."""
 
     def encode(self, text: str, **options: Any) -> list[int]:
-        return [7] * (self.length * text.count("<|im_start|>"))
+        return [7] * (REMEMBERED_TOKENS // 10 * text.count("<|im_start|>"))
 
 
 @pytest.fixture(scope="module")
@@ -1100,13 +1095,14 @@ class TestLibrary:
     def test_a_call_is_made_of_its_tokens(self, tokenizer: Any) -> None:
         """The letters of the tag, one by one, are text."""
         renderer = renderer_for(tokenizer)
+        prompt = renderer.render([user("Go.")], TOOLS)
         body = '\n{"name": "terminal", "arguments": {"text": "ls"}}\n'
         start, end = (encode(tokenizer, tag) for tag in ("<tool_call>", "</tool_call>"))
         lettered = [token for letter in "<tool_call>" for token in encode(tokenizer, letter)]
-        called = renderer.parse([*start, *encode(tokenizer, body), *end, 0], TOOLS)
+        called = renderer.parse([*start, *encode(tokenizer, body), *end, 0], TOOLS, prompt)
         [call] = called.calls
         assert (call.name, call.arguments, call.status) == ("terminal", {"text": "ls"}, ParseStatus.OK)
-        said = renderer.parse([*lettered, *encode(tokenizer, body), 0], TOOLS)
+        said = renderer.parse([*lettered, *encode(tokenizer, body), 0], TOOLS, prompt)
         assert said.calls == []
         assert said.content is not None
 
@@ -1119,13 +1115,16 @@ class TestLibrary:
         ],
     )
     def test_faults(self, tokenizer: Any, text: str, status: ParseStatus) -> None:
-        [call] = renderer_for(tokenizer).parse(encode(tokenizer, text), TOOLS).calls
+        renderer = renderer_for(tokenizer)
+        [call] = renderer.parse(encode(tokenizer, text), TOOLS, renderer.render([user("Go.")], TOOLS)).calls
         assert call.status is status
         assert call.error
         assert call.raw.strip().startswith(("<tool_call>", "{", "["))
 
     def test_reasoning(self, tokenizer: Any) -> None:
-        parsed = renderer_for(tokenizer).parse(encode(tokenizer, "<think>\nHm.\n</think>\n\nFour.<|im_end|>"))
+        renderer = renderer_for(tokenizer)
+        ids = encode(tokenizer, "<think>\nHm.\n</think>\n\nFour.<|im_end|>")
+        parsed = renderer.parse(ids, None, renderer.render([user("Go.")]))
         assert (parsed.content, parsed.reasoning) == ("Four.", "Hm.")
 
     @given(ids=st.lists(st.integers(0, 523), max_size=40), content=CONTENTS)

@@ -21,8 +21,8 @@ from hermes_atropos.errors import ConfigurationError, UnsupportedVersionError
 from hermes_atropos.hermes import hooks, seams, versions
 from hermes_atropos.hermes.acting import acting_agent, acting_for
 from hermes_atropos.hermes.agent import AtroposAIAgent
-from hermes_atropos.hermes.processes import LISTED
-from hermes_atropos.hermes.seams import ATTRIBUTES, REPLACED, SEAMS, WRAPPED, Seam
+from hermes_atropos.hermes.seams import ATTRIBUTES, SEAMS, Seam
+from hermes_atropos.hermes.wrappers import LISTED, REPLACED, WRAPPED
 
 
 def owner_of(seam: Seam) -> tuple[Any, str]:

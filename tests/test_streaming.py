@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import threading
 import time
@@ -130,9 +131,9 @@ def test_no_character_of_a_call_is_shown_as_content(format: str, write: Any) -> 
         if (said.content or "") != content:  # harmony has no such text
             continue
         deltas: list[Delta] = []
-        listening = Hearing(deltas.append, TOOLS)
+        listening = Hearing(deltas.append, TOOLS, functools.partial(parse_text, format=format, tools=TOOLS))
         for end in range(len(text) + 1):
-            listening.so_far(parse_text(text[:end], format=format, tools=TOOLS))
+            listening.so_far(text[:end])
         assert len(said.calls) == 2
         assert heard(deltas, "content") == content
         assert [delta.text for delta in deltas if delta.kind == "call"] == ["ls", "terminal"]

@@ -874,7 +874,7 @@ class TestFromOutside:
         renderer = renderer_for(tokenizer)
         assert renderer.tool_format == "invoke"
         ids = tokenizer.encode('<invoke tool="ls">{"x": 1}</invoke><|im_end|>', add_special_tokens=False)
-        assert read(renderer.parse(ids).calls) == [("ls", {"x": 1}, OK)]
+        assert read(renderer.parse(ids, None, []).calls) == [("ls", {"x": 1}, OK)]
 
     @pytest.mark.parametrize("name", ["invoke", "invoke_v1"])
     def test_it_is_found_by_the_names_of_its_parsers(self, registered: Format, name: str) -> None:

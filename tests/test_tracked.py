@@ -208,7 +208,7 @@ class NoBridge:
     def __init__(self, *, anew: bool) -> None:
         self.inner = renderer_for(TOKENIZER)
         self.anew = anew
-        self.stop_token_ids = self.inner.stop_token_ids
+        self.stop_token_ids, self.vocab_size = self.inner.stop_token_ids, self.inner.vocab_size
         self.parse, self.decode = self.inner.parse, self.inner.decode
         self.threads: list[int] = []
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.messages import Message, Tool
 from hermes_atropos.tokens import Ledger
 from hermes_atropos.toolcalls import ToolCall
 
 if TYPE_CHECKING:
     from hermes_atropos.rendering import Renderer
 
-__all__ = ["TURN_KEY", "Backend", "ModelTurn", "TrackingBackend"]
+__all__ = ["Backend", "ModelTurn", "TrackingBackend"]
 
 
 @dataclass(slots=True)
@@ -61,10 +61,7 @@ class Backend(Protocol):
         ...
 
     async def sample(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **sampling: Any,
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, **sampling: Any
     ) -> ModelTurn:
         """Ask for one answer. ``sampling`` holds ``temperature``, ``max_tokens``, ``top_p``, ``stop``, …
 

@@ -15,18 +15,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
+import openai
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+
 from hermes_atropos.backends import ModelTurn
-from hermes_atropos.backends.chat_stream import ChatHearing, answered, chat_listener
+from hermes_atropos.backends.chat_stream import ChatHearing, answered
 from hermes_atropos.backends.pool import Pool
 from hermes_atropos.backends.tracked import warn_of_another_format
 from hermes_atropos.errors import BackendResponseError
-from hermes_atropos.listening import hearing, text_listener
+from hermes_atropos.listening import text_listener
+from hermes_atropos.messages import Message, Tool
 from hermes_atropos.rendering.dialect import Dialect
 from hermes_atropos.toolcalls import ParsedText, from_openai, parse_text
 
 __all__ = ["ChatBackend"]
 
 logger = logging.getLogger(__name__)
+
+#: What the method of the ``openai`` client takes; other parameters travel in ``extra_body``.
+OPENAI_PARAMETERS = CompletionCreateParamsNonStreaming.__annotations__.keys() | {
+    "extra_body",
+    "extra_headers",
+    "extra_query",
+    "timeout",
+}
 
 
 class ChatBackend:
@@ -70,10 +82,7 @@ class ChatBackend:
         return self
 
     async def sample(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **sampling: Any,
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, **sampling: Any
     ) -> ModelTurn:
         """Ask for one answer.
 
@@ -90,8 +99,7 @@ class ChatBackend:
         sampling.pop("train_skewed", None)  # nothing is trained
         tell = text_listener.get()
         heard = None if tell is None else ChatHearing(tell, tools, functools.partial(self._read, tools=tools))
-        with hearing(chat_listener, heard):
-            turn = await self._sample(messages, tools, sampling)
+        turn = await self._sample(messages, tools, sampling, heard)
         if heard is not None:
             heard.end(ParsedText(turn.content, turn.reasoning, turn.calls))
         if tools and not turn.calls:
@@ -99,11 +107,15 @@ class ChatBackend:
         return turn
 
     async def _sample(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, sampling: dict[str, Any]
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        sampling: dict[str, Any],
+        heard: ChatHearing | None,
     ) -> ModelTurn:
         if tools and self.native_tools is not False:
             try:
-                completion = await self._ask(clean_messages(messages), {**sampling, "tools": list(tools)})
+                completion = await self._ask(clean_messages(messages), {**sampling, "tools": list(tools)}, heard)
             except BackendResponseError as error:
                 if self.native_tools or not _refuses_tools(error):
                     raise
@@ -116,40 +128,50 @@ class ChatBackend:
             sampling.pop("tool_choice", None)
             sampling.pop("parallel_tool_calls", None)
             messages, _ = TEXT_ONLY.prepare(messages, tools)
-        return self._turn(await self._ask(clean_messages(messages), sampling), tools)
+        return self._turn(await self._ask(clean_messages(messages), sampling, heard), tools)
 
-    async def _ask(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> Any:
+    async def _ask(
+        self, messages: list[dict[str, Any]], arguments: Mapping[str, Any], heard: ChatHearing | None
+    ) -> Any:
+        """A completion, through a server's own chat wrapper."""
         arguments = dict(arguments)
         if self.chat_template_kwargs:
             arguments["chat_template_kwargs"] = self.chat_template_kwargs
         split = arguments.pop("split", None) or "train"
-        return await self._pool.call(lambda server: _chat(server, messages, arguments), split=split)
+        request = {key: value for key, value in arguments.items() if key in OPENAI_PARAMETERS}
+        if extra := {key: value for key, value in arguments.items() if key not in OPENAI_PARAMETERS}:
+            request["extra_body"] = {**(request.get("extra_body") or {}), **extra}
 
-    def _read(self, message: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None) -> ParsedText:
+        async def chat(server: Any) -> Any:
+            own = server._inject_reasoning_kwargs({**request, "model": server.config.model_name, "messages": messages})
+            return await answered(_on_this_loop(server), own, heard)
+
+        return await self._pool.call(chat, split=split)
+
+    def _read(self, message: Message, tools: Sequence[Tool] | None) -> ParsedText:
         """What a message says in its texts."""
         raw, reasoning = _texts(message)
         parsed = parse_text(raw, format=self.tool_format, tools=tools)
         return parsed._replace(reasoning=reasoning or parsed.reasoning)
 
-    def _turn(self, completion: Any, tools: Sequence[Mapping[str, Any]] | None) -> ModelTurn:
+    def _turn(self, completion: Any, tools: Sequence[Tool] | None) -> ModelTurn:
         choices = getattr(completion, "choices", None)
         if not choices or getattr(choices[0], "message", None) is None:
             raise BackendResponseError(f"the server answered without a message: {str(completion)[:500]}", status=200)
         message = choices[0].message.model_dump(warnings="none")
-        raw, reasoning = _texts(message)
-        parsed = parse_text(raw, format=self.tool_format, tools=tools)
-        reasoning = reasoning or parsed.reasoning
+        raw, _ = _texts(message)
+        parsed = self._read(message, tools)
         calls = from_openai(message.get("tool_calls") or []) or parsed.calls
-        if not calls and not parsed.content and reasoning:
-            calls = parse_text(reasoning, format=self.tool_format, tools=tools).calls
-        content = parsed.content if calls or reasoning else raw or None
+        if not calls and not parsed.content and parsed.reasoning:
+            calls = parse_text(parsed.reasoning, format=self.tool_format, tools=tools).calls
+        content = parsed.content if calls or parsed.reasoning else raw or None
         finish_reason = choices[0].finish_reason or "stop"
         if message.get("refusal") and not (content or calls):
             content, finish_reason = message["refusal"], "content_filter"
         usage = completion.usage.model_dump(warnings="none") if getattr(completion, "usage", None) else {}
         return ModelTurn(
             content=content,
-            reasoning=reasoning,
+            reasoning=parsed.reasoning,
             calls=calls,
             finish_reason=finish_reason,
             prompt_tokens=usage.get("prompt_tokens") or 0,
@@ -159,17 +181,6 @@ class ChatBackend:
             raw=raw,
             model=getattr(completion, "model", None),
         )
-
-
-async def _chat(server: Any, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> Any:
-    """One request through the server's chat wrapper."""
-    known = _openai_parameters()
-    request = {key: value for key, value in arguments.items() if key in known}
-    if extra := {key: value for key, value in arguments.items() if key not in known}:
-        request["extra_body"] = {**(request.get("extra_body") or {}), **extra}
-    request |= {"model": server.config.model_name, "messages": messages}
-    request = server._inject_reasoning_kwargs(request)
-    return await answered(_on_this_loop(server), request)
 
 
 _twins: WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, Any]] = WeakKeyDictionary()
@@ -182,8 +193,6 @@ def _on_this_loop(server: Any) -> Any:
     """
     if not hasattr(server, "openai"):
         return server
-    import openai
-
     twins = _twins.setdefault(server, WeakKeyDictionary())
     loop = asyncio.get_running_loop()
     if loop not in twins:
@@ -194,24 +203,12 @@ def _on_this_loop(server: Any) -> Any:
     return twins[loop]
 
 
-@functools.cache
-def _openai_parameters() -> frozenset[str]:
-    from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
-
-    return frozenset(CompletionCreateParamsNonStreaming.__annotations__) | {
-        "extra_body",
-        "extra_headers",
-        "extra_query",
-        "timeout",
-    }
-
-
 def _refuses_tools(error: BackendResponseError) -> bool:
     # vLLM without --enable-auto-tool-choice, Ollama for a model without tools, …: a 4xx that speaks of tools.
     return error.status in {400, 404, 422, 501} and "tool" in (error.body or "").lower()
 
 
-def _texts(message: Mapping[str, Any]) -> tuple[str, str | None]:
+def _texts(message: Message) -> tuple[str, str | None]:
     """Content and reasoning, wherever the server put them: a string, a list of parts, ``reasoning_content`` (vLLM,
     SGLang, DeepSeek), ``reasoning`` (OpenRouter, Ollama, newer vLLM) or ``reasoning_details`` (OpenRouter)."""
     content = message.get("content")
@@ -236,7 +233,7 @@ _MESSAGE_KEYS = ("role", "content", "name", "tool_call_id", "reasoning_content",
 _CALL_KEYS = ("id", "type", "function", "extra_content")
 
 
-def clean_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def clean_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """The messages as strict servers take them: without our reference to the turn and without a harness' own keys; what
     answers a call that was none (a malformed one, which stands in the content) comes from the user."""
     cleaned: list[dict[str, Any]] = []
@@ -259,7 +256,7 @@ def clean_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return cleaned
 
 
-def _result_text(message: Mapping[str, Any]) -> str:
+def _result_text(message: Message) -> str:
     content = message.get("content")
     return content if isinstance(content, str) else json.dumps(content)
 
@@ -274,7 +271,6 @@ TEXT_ONLY = Dialect(
     calls=False,
     several_calls=True,
     object_arguments=False,
-    text_arguments=False,
     blank=None,
     answered_calls=True,
     long_ids=True,

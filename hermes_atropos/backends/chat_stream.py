@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping
 from typing import Any
 
 from openai.types.chat import ChatCompletion
@@ -11,49 +10,30 @@ from openai.types.chat import ChatCompletion
 from hermes_atropos.backends.hearing import Hearing
 from hermes_atropos.errors import BackendConnectionError
 from hermes_atropos.listening import Delta
-from hermes_atropos.messages import Tool
 from hermes_atropos.servers import OpenAIEndpoint
 from hermes_atropos.servers.failures import url_of
-from hermes_atropos.toolcalls import ParsedText
 
-__all__ = ["ChatHearing", "answered", "chat_listener"]
-
-#: Who hears the completions that are asked for in this context.
-chat_listener: ContextVar[ChatHearing | None] = ContextVar("hermes_atropos_chat_listener", default=None)
+__all__ = ["ChatHearing", "answered"]
 
 
 class ChatHearing(Hearing):
-    """Tells a listener of a message that grows.
-
-    Args:
-        read: the text of a content and of the reasoning, wherever that stands.
-    """
-
-    def __init__(
-        self,
-        tell: Callable[[Delta], object],
-        tools: Sequence[Tool] | None,
-        read: Callable[[Mapping[str, Any]], ParsedText],
-    ) -> None:
-        super().__init__(tell, tools)
-        self._read = read
+    """Tells a listener of a message that grows."""
 
     def grown(self, message: Mapping[str, Any]) -> None:
-        self.so_far(self._read(message))
+        self.so_far(message)
         for call in (message.get("tool_calls") or [])[self._calls :]:
             if name := call["function"]["name"]:
                 self._tell(Delta("call", name))
                 self._calls += 1
 
 
-async def answered(server: Any, request: dict[str, Any]) -> Any:
-    """The completion, as the server's chat wrapper gives it.
+async def answered(server: Any, request: dict[str, Any], listener: ChatHearing | None) -> Any:
+    """The completion, as the server's chat wrapper gives it; as a stream, where somebody hears it.
 
     Raises:
         BackendConnectionError: a stream that broke off.
         BackendError: as the server raises it.
     """
-    listener = chat_listener.get()
     client = getattr(server, "openai", None)
     if listener is None or not (client or isinstance(server, OpenAIEndpoint)):
         return await server._chat_completion_wrapper(**request)

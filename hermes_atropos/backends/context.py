@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 from hermes_atropos.backends import Backend
 from hermes_atropos.errors import BackendError, UnsupportedServerError
 from hermes_atropos.runtime import portal_loop
+from hermes_atropos.servers import OpenAIEndpoint
 
-__all__ = ["ask_context_length"]
+__all__ = ["ask_context_length", "length_of"]
 
 _asked: WeakKeyDictionary[Any, concurrent.futures.Future[int | None]] = WeakKeyDictionary()
 _lock = threading.Lock()
@@ -27,16 +28,17 @@ def ask_context_length(backend: Backend) -> concurrent.futures.Future[int | None
     Each server is asked once, off the calling thread, by ``/models``, within five seconds.
     """
     servers = getattr(backend.server, "servers", [backend.server])
-    known = [getattr(server, "context_length", None) for server in servers]
-    lengths = [length or _ask_one(server) for length, server in zip(known, servers, strict=True)]
+    lengths = [getattr(server, "context_length", None) or _ask_one(server) for server in servers]
     return asyncio.run_coroutine_threadsafe(_smallest(lengths, getattr(backend, "tokenizer", None)), portal_loop())
 
 
 async def _smallest(lengths: list[Any], tokenizer: Any) -> int | None:
     told = [length if isinstance(length, int) else await asyncio.wrap_future(length) for length in lengths]
-    known = [length for length in told if length]
-    if known:
-        return min(known)
+    return min(filter(None, told), default=None) or length_of(tokenizer)
+
+
+def length_of(tokenizer: Any) -> int | None:
+    """How many tokens a tokenizer says that its model takes; None where it does not say."""
     length = getattr(tokenizer, "model_max_length", None)
     # Hugging Face's word for "unknown" is 10**30.
     return length if isinstance(length, int) and 0 < length < 10**8 else None
@@ -50,8 +52,6 @@ def _ask_one(server: Any) -> concurrent.futures.Future[int | None]:
 
 
 async def _listed(server: Any) -> int | None:
-    from hermes_atropos.servers import OpenAIEndpoint
-
     with contextlib.suppress(BackendError, UnsupportedServerError):
         base_url = getattr(server, "base_url", server.config.base_url)
         endpoint = OpenAIEndpoint(server.config.model_copy(update={"base_url": base_url}))

@@ -33,16 +33,21 @@ class Hearing:
     Args:
         tell: hears the pieces.
         tools: what was offered: a call is told of once the name of one stands in it.
+        read: what the answer says, of as much of it as there is.
     """
 
-    def __init__(self, tell: Callable[[Delta], object], tools: Sequence[Tool] | None) -> None:
+    def __init__(
+        self, tell: Callable[[Delta], object], tools: Sequence[Tool] | None, read: Callable[[Any], ParsedText]
+    ) -> None:
         self._tell = tell
+        self._read = read
         self._names = list(functions_of(tools))
         self._told = {"content": "", "reasoning": ""}
         self._calls = 0
 
-    def so_far(self, said: ParsedText) -> None:
-        """The answer as it can be read by now."""
+    def so_far(self, answer: Any) -> None:
+        """The answer, as much of it as there is by now."""
+        said = self._read(answer)
         self._text("reasoning", certain(said.reasoning or ""))
         if not said.calls:  # what stands between calls may belong to them
             self._text("content", certain(said.content or ""))
@@ -76,22 +81,17 @@ class Hearing:
 
 
 class TokenHearing(Hearing):
-    """Tells a listener of an answer's text, of which it is given the tokens.
-
-    Args:
-        read: what tokens say.
-    """
+    """Tells a listener of an answer's text, of which it is given the tokens."""
 
     def __init__(
         self,
         tell: Callable[[Delta], object],
         tools: Sequence[Tool] | None,
-        prompt_length: int,
         read: Callable[[list[int]], ParsedText],
+        prompt_length: int,
     ) -> None:
-        super().__init__(tell, tools)
+        super().__init__(tell, tools, read)
         self._prompt_length = prompt_length
-        self._read = read
         self._ids: list[int] = []
         self._next = 0.0
 
@@ -102,7 +102,7 @@ class TokenHearing(Hearing):
         self._ids += ids
         started = time.monotonic()
         if started >= self._next:
-            self.so_far(self._read(self._ids))
+            self.so_far(self._ids)
             ended = time.monotonic()
             self._next = ended + 4 * (ended - started)  # a long answer takes a fifth of the loop's time at most
 

@@ -19,7 +19,7 @@ from hermes_atropos.rendering.plain import PlainRenderer
 from hermes_atropos.rendering.tokenizers import decode, own_tokenizer, template_text
 from hermes_atropos.tokens import BreakCause, Ledger, Match, Prompt, Turn
 from hermes_atropos.tokens import Sequence as TokenSequence
-from hermes_atropos.toolcalls import ParseStatus, ToolCall
+from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.trajectory import SequenceData
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ class ExactManagedServer:
         """
         text = kwargs.pop("prompt", "")
         prompt = await self._text_prompt(text)
-        ids = self.ledger.ids(prompt)
-        turns = await self.backend.ask(prompt, ids, kwargs.pop("n", None) or 1, kwargs, lambda: text)
+        turns = await self.backend.ask(prompt, kwargs.pop("n", None) or 1, kwargs, lambda: text)
         choices = [
             CompletionChoice(index=index, text=self._text(turn), finish_reason=self.backend.finish_reason(turn))
             for index, turn in enumerate(turns)
@@ -150,7 +149,7 @@ class ExactManagedServer:
             last turn's ``finish_reason``, and ``turns``: the ``ref``, ``start`` and ``end`` of each turn's tokens.
         """
         if not self.track_tree:
-            return {"nodes": [self._node(sequence) for sequence in self.ledger.sequences()]}
+            return {"nodes": self.current_nodes}
         sequences = self.sequences
         return {"sequences": sequences, "tree": dict(sequences)}
 
@@ -188,8 +187,7 @@ class ExactManagedServer:
             raise NotImplementedError(f"{type(self.server).__name__} does not implement get_logprobs")
         if (messages := kwargs.pop("messages", None)) is not None:
             kwargs["prompt"] = self._convert_messages_to_prompt(messages)
-        found: dict[str, Any] = await self.server.get_logprobs(**kwargs)
-        return found
+        return await self.server.get_logprobs(**kwargs)
 
     def _convert_messages_to_prompt(self, messages: Sequence[Any], tools: Sequence[Tool] | None = None) -> str:
         """The messages as text; atroposlib's name for it, which its users call."""
@@ -202,11 +200,11 @@ class ExactManagedServer:
         return str(getattr(getattr(self.backend.servers[0], "config", None), "model_name", "unknown"))
 
     def _text(self, turn: Turn) -> str:
-        return decode(self.tokenizer, list(turn.output_ids), skip_special_tokens=True)
+        return decode(self.tokenizer, turn.output_ids, skip_special_tokens=True)
 
     def _choice(self, index: int, turn: Turn, attempts: Sequence[ToolCall]) -> Choice:
         text = self._text(turn)
-        calls = [call for call in attempts if call.status is ParseStatus.OK]
+        calls = [call for call in attempts if call.ok]
         message = ChatCompletionMessage(
             role="assistant",
             content=text.partition(calls[0].raw)[0].strip() or None if calls else text,

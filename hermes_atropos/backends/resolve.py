@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from hermes_atropos.errors import NoServerError, UnsupportedServerError, UntrackedError
-from hermes_atropos.rendering.tokenizers import load_tokenizer
+from hermes_atropos.rendering.tokenizers import load_tokenizer, own_tokenizer
 from hermes_atropos.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def resolve(
         chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
         settings: the environment's by default; ``bypass_managed_server`` makes the backend an untracked one that
             calls the server's OpenAI-compatible endpoint with httpx.
-        tracking: further arguments of ``TrackedBackend`` (``ledger``, ``renderer``, ``context_length``,
-            ``vocab_size``); ignored where nothing is tracked.
+        tracking: further arguments of ``TrackedBackend`` (``renderer``, ``context_length``, ``vocab_size``);
+            ignored where nothing is tracked.
 
     Raises:
         NoServerError: neither ``server`` nor ``base_url``, or nobody answers there.
@@ -82,12 +82,24 @@ def resolve(
                 "server, or base_url= for a server's address"
             )
     if settings.bypass_managed_server:
-        return _untracked(_direct(servers[0], settings), tool_format, chat_template_kwargs)
-    if invents_tokens or not all(has_token_call(one) for one in servers):
-        return _untracked(server, tool_format, chat_template_kwargs)
+        config = servers[0].config
+        server = _endpoint(config.base_url, config.model_name, config.api_key, settings.direct_request_timeout_s)
+        servers = [server]
+    if invents_tokens or not all(map(has_token_call, servers)):
+        from atroposlib.envs.server_handling.trl_vllm_server import TrlVllmServer
+
+        from hermes_atropos.backends.chat import ChatBackend
+
+        # TRL's server renders the chat template itself, without tools.
+        forgets_tools = any(isinstance(one, TrlVllmServer) for one in servers)
+        return ChatBackend(
+            server,
+            tool_format=tool_format,
+            native_tools=False if forgets_tools else None,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
     from hermes_atropos.backends.tracked import TrackedBackend
-    from hermes_atropos.rendering.tokenizers import own_tokenizer
 
     tokenizer = own_tokenizer(servers[0]) if tokenizer is None else tokenizer
     return TrackedBackend(
@@ -108,28 +120,7 @@ def has_token_call(server: Any) -> bool:
 
     name = "_tokens_and_logprobs_completion_wrapper"
     refusals = {getattr(kind, name) for kind in (APIServer, OpenAIServer, TrlVllmServer, OpenAIEndpoint)}
-    call = getattr(type(server), name, None)
-    return call not in refusals if call else hasattr(server, "tokens_and_logprobs_completion")
-
-
-def _untracked(server: Any, tool_format: str, chat_template_kwargs: Mapping[str, Any] | None) -> Backend:
-    from atroposlib.envs.server_handling.trl_vllm_server import TrlVllmServer
-
-    from hermes_atropos.backends.chat import ChatBackend
-
-    # TRL's server renders the chat template itself, without tools.
-    forgets_tools = any(isinstance(one, TrlVllmServer) for one in getattr(server, "servers", [server]))
-    return ChatBackend(
-        server,
-        tool_format=tool_format,
-        native_tools=False if forgets_tools else None,
-        chat_template_kwargs=chat_template_kwargs,
-    )
-
-
-def _direct(server: Any, settings: Settings) -> Any:
-    config = server.config
-    return _endpoint(config.base_url, config.model_name, config.api_key, settings.direct_request_timeout_s)
+    return getattr(type(server), name, None) not in {None, *refusals}
 
 
 def _endpoint(base_url: str, model: str, api_key: str | None = None, timeout_s: float = 1200) -> Any:

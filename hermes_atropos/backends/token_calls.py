@@ -113,10 +113,8 @@ class TokenCalls:
             scaled = await _scaled(server, sampling)
             ignores_n = getattr(getattr(server, "config", None), "n_kwarg_is_ignored", False)
             # vLLM refuses several answers where each would be the same.
-            if n > 1 and (ignores_n or sampling.get("temperature") == 0):
-                asked = [await _ask(server, prompt_ids, prompt, 1, sampling) for _ in range(n)]
-            else:
-                asked = [await _ask(server, prompt_ids, prompt, n, sampling)]
+            parts = [1] * n if ignores_n or sampling.get("temperature") == 0 else [n]
+            asked = [await _ask(server, prompt_ids, prompt, part, sampling) for part in parts]
             return [replace(sample, scaled=scaled) for answer in asked for sample in answer]
 
         return await self.pool.call(ask, split=split, family=family)
@@ -165,8 +163,7 @@ async def _scaled(server: Any, sampling: Mapping[str, Any]) -> bool | None:
     """Whether the server's logprobs are those after the temperature, where there is a difference."""
     if sampling.get("temperature", 1) in (0, 1) or not hasattr(server, "scales_logprobs"):
         return None
-    scaled: bool | None = await server.scales_logprobs()
-    return scaled
+    return await server.scales_logprobs()
 
 
 def _of_the_rest(sampling: Mapping[str, Any], kept: int, aborts: int) -> dict[str, Any]:

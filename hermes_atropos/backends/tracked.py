@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeVar
 
 from hermes_atropos.backends import ModelTurn
+from hermes_atropos.backends.context import length_of
 from hermes_atropos.backends.hearing import TokenHearing
-from hermes_atropos.backends.token_calls import ABORTS, Sample, TokenCalls
+from hermes_atropos.backends.token_calls import ABORTS, TokenCalls
 from hermes_atropos.errors import BackendResponseError, ContextLengthError, SamplingError, TokenFidelityError
 from hermes_atropos.listening import Delta, hearing, text_listener, token_listener
 from hermes_atropos.messages import Message, Tool
-from hermes_atropos.rendering import Renderer, renderer_for, tokenizers
+from hermes_atropos.rendering import Renderer, renderer_for
 from hermes_atropos.rendering.tokenizers import decode, template_text
 from hermes_atropos.servers.sampling import (
     FORMS,
@@ -25,11 +26,11 @@ from hermes_atropos.servers.sampling import (
     VLLM,
     derived_seed,
     distribution,
+    settle_grammar,
     skew,
-    take_grammar,
 )
 from hermes_atropos.tokens import BreakCause, Ledger, Match, Prompt, Turn
-from hermes_atropos.toolcalls import ParsedText, ParseStatus
+from hermes_atropos.toolcalls import ParsedText
 from hermes_atropos.toolcalls.formats import format_in
 
 __all__ = ["TrackedBackend"]
@@ -64,7 +65,6 @@ class TrackedBackend:
         server: an atroposlib ``ServerManager`` (a healthy server with room takes each call), an
             ``APIServer``, or any object with ``tokens_and_logprobs_completion(**kwargs)``.
         tokenizer: the served model's Hugging Face tokenizer.
-        ledger: where turns are kept; a new one by default.
         renderer: messages to token ids and back; the tokenizer's by default.
         tool_format: how the model writes tool calls; ``auto`` finds out.
         chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
@@ -85,7 +85,6 @@ class TrackedBackend:
         server: Any,
         tokenizer: Any,
         *,
-        ledger: Ledger | None = None,
         renderer: Renderer | None = None,
         tool_format: str = "auto",
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -98,8 +97,8 @@ class TrackedBackend:
         self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.renderer = renderer or renderer_for(tokenizer, tool_format=tool_format, **self.chat_template_kwargs)
-        self._vocab_size = vocab_size or tokenizers.vocab_size(tokenizer)
-        self.ledger = ledger or self._new_ledger()
+        self._vocab_size = vocab_size or self.renderer.vocab_size
+        self.ledger = self._new_ledger()
         self.context_length = context_length
         self._rollouts = itertools.count(1)
         self._rollout, self._asked = 0, itertools.count()
@@ -150,19 +149,17 @@ class TrackedBackend:
 
     async def preview(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> tuple[str, list[int]]:
         """What ``sample`` would send for these messages: as text, and as ids ``[prompt_len] int``."""
-        prompt, ids = await self._prompt(messages, tools)
-        return self._text(messages, tools, prompt), ids
+        prompt = await self._prompt(messages, tools)
+        return self._text(messages, tools, prompt), self.ledger.ids(prompt)
 
     async def answers(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None, n: int, sampling: Mapping[str, Any]
     ) -> list[tuple[Turn, ParsedText]]:
         """``n`` recorded answers to messages, and what they say. Raises as ``sample_group`` does."""
-        prompt, ids = await self._prompt(messages, tools)
+        prompt = await self._prompt(messages, tools)
         tell = text_listener.get() if n == 1 else None
         heard = None if tell is None else self._hearing(tell, prompt, tools)
-        ask = functools.partial(
-            self.ask, prompt, ids, sampling=sampling, text=lambda: self._text(messages, tools, prompt)
-        )
+        ask = functools.partial(self.ask, prompt, sampling=sampling, text=lambda: self._text(messages, tools, prompt))
         answers: list[tuple[Turn, ParsedText]] = []
         with hearing(token_listener, heard):
             turns = await ask(n)
@@ -174,7 +171,7 @@ class TrackedBackend:
                         [turns[place]] = [turn] = await ask(1)
                         parsed = await self._parse(turn, tools)
                     if tools and not parsed.calls:
-                        raw = decode(self.tokenizer, list(turn.output_ids))
+                        raw = decode(self.tokenizer, turn.output_ids)
                         await warn_of_another_format(raw, self.renderer.tool_format, tools)
                     answers.append((turn, parsed))
                 if heard is not None:
@@ -184,18 +181,16 @@ class TrackedBackend:
                 raise
         return answers
 
-    async def ask(
-        self, prompt: Prompt, ids: list[int], n: int, sampling: Mapping[str, Any], text: Callable[[], str]
-    ) -> list[Turn]:
+    async def ask(self, prompt: Prompt, n: int, sampling: Mapping[str, Any], text: Callable[[], str]) -> list[Turn]:
         """``n`` recorded answers to a prompt of the ledger.
 
         Args:
-            ids: the prompt's.
             text: the prompt as text, for servers that want that too.
 
         Raises:
             BackendError, TokenFidelityError: as ``sample_group`` does.
         """
+        ids = self.ledger.ids(prompt)
         parameters = self._parameters(sampling, prompt.length)
         told = functools.partial(self._continued, text)
         sampled = await self._calls.sample(ids, told, n, parameters, family(prompt))
@@ -206,7 +201,20 @@ class TrackedBackend:
             try:
                 # atroposlib's wrappers hand back the list that they were given, which says nothing of the server.
                 echo = None if sample.echo is ids and len(ids) == prompt.length else sample.echo
-                turns.append(self._record(prompt, sample, echo, shaping, bool(sampling.get("train_skewed"))))
+                skewed = skew(shaping, sample.scaled)
+                turn = self.ledger.record(
+                    prompt,
+                    sample.output_ids,
+                    sample.logprobs,
+                    sample.finish_reason,
+                    echo=echo,
+                    metadata=sample.metadata,
+                    weights=sample.weights,
+                    sampling=shaping,
+                    skew=skewed,
+                    barred=skewed is not None and not sampling.get("train_skewed"),
+                )
+                turns.append(turn)
             except TokenFidelityError as fault:
                 faults.append(fault)
         if faults:
@@ -224,7 +232,7 @@ class TrackedBackend:
     def _broken_by_an_abort(self, turn: Turn, parsed: ParsedText) -> bool:
         """Whether a call is malformed in an answer of several parts: the model may hear of no fault but its own."""
         joined = bool(turn.metadata.get("aborts")) and self.finish_reason(turn) != "length"
-        return joined and any(call.status is not ParseStatus.OK for call in parsed.calls)
+        return joined and not all(call.ok for call in parsed.calls)
 
     def _continued(self, text: Callable[[], str], ids: list[int]) -> str:
         """A text, and these tokens after it."""
@@ -232,38 +240,21 @@ class TrackedBackend:
 
     def _hearing(self, tell: Callable[[Delta], object], prompt: Prompt, tools: Sequence[Tool] | None) -> TokenHearing:
         tail = self.ledger.tail(prompt, PROMPT_TAIL)
-        return TokenHearing(tell, tools, prompt.length, lambda ids: self.renderer.parse(ids, tools, tail))
+        return TokenHearing(tell, tools, lambda ids: self.renderer.parse(ids, tools, tail), prompt.length)
 
     def _new_ledger(self) -> Ledger:
         return Ledger(vocab_size=self._vocab_size, boundaries=self.renderer.stop_token_ids)
-
-    def _record(
-        self, prompt: Prompt, sample: Sample, echo: Sequence[int] | None, shaping: Mapping[str, Any], train_skewed: bool
-    ) -> Turn:
-        skewed = skew(shaping, sample.scaled)
-        return self.ledger.record(
-            prompt,
-            sample.output_ids,
-            sample.logprobs,
-            sample.finish_reason,
-            echo=echo,
-            metadata=sample.metadata,
-            weights=sample.weights,
-            sampling=shaping,
-            skew=skewed,
-            barred=skewed is not None and not train_skewed,
-        )
 
     def _forsake(self, turns: list[Turn], reason: str) -> None:
         """The harness will never see these answers, so it can't act on them: they are not training data."""
         for turn in turns:
             self.ledger.discard(turn.ref, reason)
 
-    async def _prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> tuple[Prompt, list[int]]:
-        """What asks for the next answer, and its ids."""
+    async def _prompt(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> Prompt:
+        """What asks for the next answer."""
         match = self.ledger.locate(messages, tools)
         if match.prompt is not None:
-            return match.prompt, self.ledger.ids(match.prompt)
+            return match.prompt
         cause = None
         if match.turn is not None:
             output_ids = list(match.turn.output_ids)
@@ -272,12 +263,11 @@ class TrackedBackend:
                 lambda: self.renderer.bridge(match.history, output_ids, match.new_messages, tools),
             )
             if delta is not None:
-                prompt = self.ledger.prompt(match, delta)
-                return prompt, self.ledger.ids(prompt)
+                return self.ledger.prompt(match, delta)
             cause = self._break_cause(match, match.turn, tools)
         long = tools is not None or characters(messages) > INLINE_CHARS
         ids = await off_loop(long, lambda: self.renderer.render(messages, tools))
-        return self.ledger.prompt(match, ids, cause), ids
+        return self.ledger.prompt(match, ids, cause)
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Tool] | None, prompt: Prompt) -> str:
         return template_text(self.tokenizer, self._as_sampled(messages, prompt), tools, **self.chat_template_kwargs)
@@ -288,7 +278,7 @@ class TrackedBackend:
         place, turn = len(told) - prompt.added, prompt.parent if prompt.cause is None else None
         while turn is not None:
             place -= 1
-            text = decode(self.tokenizer, list(turn.output_ids), skip_special_tokens=True)
+            text = decode(self.tokenizer, turn.output_ids, skip_special_tokens=True)
             told[place] = {"role": "assistant", "content": text}
             place, turn = place - turn.prompt.added, turn.before
         return told
@@ -325,7 +315,7 @@ class TrackedBackend:
             prompt_tokens=turn.prompt.length,
             completion_tokens=len(turn.output_ids),
             cached_tokens=turn.before.end if turn.before else 0,
-            raw=decode(self.tokenizer, list(turn.output_ids)),
+            raw=decode(self.tokenizer, turn.output_ids),
         )
 
     def finish_reason(self, turn: Turn) -> Literal["stop", "length"]:
@@ -352,10 +342,8 @@ class TrackedBackend:
         wanted.pop("train_skewed", None)
         if "seed" in wanted:
             wanted["seed"] = derived_seed(wanted["seed"], self._rollout, next(self._asked))
-        grammar = take_grammar(wanted)
+        settle_grammar(wanted)
         parameters = NEUTRAL | {key: value for key, value in wanted.items() if key in SAMPLING}
-        if grammar is not None:
-            parameters["structured_outputs"] = grammar
         if extra:
             parameters["extra_body"] = extra
         if self.renderer.stop_token_ids:
@@ -421,6 +409,4 @@ def known_context_length(servers: Sequence[Any], tokenizer: Any) -> int | None:
     telling = [server.context_length for server in servers if hasattr(server, "context_length")]
     if telling:
         return min((length for length in telling if length is not None), default=None)
-    length = getattr(tokenizer, "model_max_length", None)
-    # Hugging Face's word for "unknown" is 10**30.
-    return length if isinstance(length, int) and 0 < length < 10**8 else None
+    return length_of(tokenizer)

@@ -92,14 +92,16 @@ class Engine:
 
     Args:
         model: from then on the engine's.
-        version: of its weights.
         cache_tokens: of how many tokens keys and values are kept for prompts to come; those of answers under way come
             on top.
+
+    Attributes:
+        version: of the model's weights.
     """
 
-    def __init__(self, model: Llama, version: str = "default", cache_tokens: int = 2**17) -> None:
+    def __init__(self, model: Llama, cache_tokens: int) -> None:
         self.model = model
-        self.version = version
+        self.version = "default"
         self.cache_tokens = cache_tokens
         self._lock = threading.Condition()
         self._admits = True  # requests that wait
@@ -146,10 +148,6 @@ class Engine:
             self._lock.notify_all()
             self._work()
 
-    @property
-    def paused(self) -> bool:
-        return not self._admits
-
     def load_weights(self, folder: str | Path, version: str | None = None, *, forget: bool = True) -> None:
         """Other weights of the same shape, between two steps.
 
@@ -169,12 +167,14 @@ class Engine:
         with self._between_steps():
             self.model, self.version = model, version or self.version
             if forget:
-                self._forget()
+                self.forget()
 
     def forget(self) -> None:
         """Drop keys and values; those of answers under way are computed again."""
         with self._between_steps():
-            self._forget()
+            self._kept.clear()
+            for request in self._running:
+                request.sequence = Sequence()
 
     @contextlib.contextmanager
     def _between_steps(self) -> Iterator[None]:
@@ -186,11 +186,6 @@ class Engine:
             finally:
                 self._guests -= 1
                 self._lock.notify_all()
-
-    def _forget(self) -> None:
-        self._kept.clear()
-        for request in self._running:
-            request.sequence = Sequence()
 
     @property
     def load(self) -> dict[str, int]:
@@ -229,10 +224,9 @@ class Engine:
         if self._admits:
             self._running += self._waiting
             self._waiting.clear()
-        for request in self._running:
-            if request.forsaken or request.ended:
-                self._keep(request.sequence)
-        self._running = [request for request in self._running if not (request.forsaken or request.ended)]
+        for request in [one for one in self._running if one.forsaken or one.ended]:
+            self._keep(request.sequence)
+            self._running.remove(request)
         self._lock.notify_all()
 
     def _step(self) -> None:
@@ -243,11 +237,9 @@ class Engine:
             if not (reading or request.sequence.tokens):
                 request.sequence = self._known([*request.prompt, *request.output_ids])
             unread = request.unread(CHUNK)
-            if len(unread) == 1:
+            if len(unread) == 1 or not reading:
                 steps.append((request, unread))
-            elif not reading:
-                steps.append((request, unread))
-                reading = True
+                reading |= len(unread) > 1
         hidden = self.model.forward([(request.sequence, ids) for request, ids in steps])
         last = np.cumsum([len(ids) for _, ids in steps]) - 1
         due = [(request, row) for (request, _), row in zip(steps, last, strict=True) if not request.unread(1)]
@@ -285,11 +277,8 @@ def _size(sequences: Many[Sequence]) -> int:
 
 def _common(one: list[int], other: list[int]) -> int:
     """How many tokens two lists begin with in common."""
-    length = min(len(one), len(other))
-    if one[:length] == other[:length]:
-        return length
-    low, high = 0, length
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low

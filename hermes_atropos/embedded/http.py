@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import json
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -23,7 +22,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from hermes_atropos.embedded.engine import Request as Answer
 from hermes_atropos.embedded.server import EmbeddedServer
-from hermes_atropos.errors import BackendError, CheckpointError, ConfigurationError, ContextLengthError
+from hermes_atropos.errors import BackendError, ConfigurationError, ContextLengthError
 from hermes_atropos.rendering.tokenizers import decode
 
 __all__ = ["embedded_app", "serve"]
@@ -50,10 +49,15 @@ def embedded_app(server: EmbeddedServer, name: str = "embedded") -> FastAPI:
     """The application that answers for ``server``, whose model it calls ``name``."""
     app = FastAPI(title="hermes-atropos embedded model", openapi_url=None)
 
-    @app.exception_handler(_Refused)
-    async def refused(request: Request, error: _Refused) -> Response:
+    async def refused(request: Request, error: Exception) -> Response:
+        if isinstance(error, ContextLengthError):
+            error = _Refused(400, f"This model's maximum context length is exceeded: {error}", param="input_tokens")
+        elif not isinstance(error, _Refused):
+            error = _Refused(400, str(error))
         return JSONResponse(error.body, error.status)
 
+    for kind in (_Refused, BackendError, ConfigurationError):
+        app.add_exception_handler(kind, refused)
     _add_facts(app, server, name)
     _add_answers(app, server, name)
     _add_weights(app, server)
@@ -64,10 +68,6 @@ def _add_facts(app: FastAPI, server: EmbeddedServer, name: str) -> None:
     @app.get("/health")
     async def health() -> Any:
         return Response()
-
-    @app.get("/version")
-    async def version() -> Any:
-        return {"version": f"hermes-atropos {importlib.metadata.version('hermes-atropos')}"}
 
     @app.get("/v1/models")
     async def models() -> Any:
@@ -148,45 +148,30 @@ async def _answered(
     pieces: asyncio.Queue[Answer | None] = asyncio.Queue()
     call = server.sample(prompt_ids, sampling, pieces.put_nowait if body.get("stream") else None)
     if not body.get("stream"):
-        answers = await _unless_hung_up(request, _typed(call))
+        answers = await _unless_hung_up(request, call)
         return JSONResponse({**head, "choices": [shape(answer, 0, len(answer.output_ids), True) for answer in answers]})
-    task = asyncio.create_task(_typed(call))
+    task = asyncio.create_task(call)
     task.add_done_callback(lambda _: pieces.put_nowait(None))
-    first = await pieces.get()
-    if first is None:
+    answer = await pieces.get()
+    if answer is None:
         await task
-    return StreamingResponse(_events(task, pieces, first, head, shape), media_type="text/event-stream")
 
+    async def events() -> AsyncIterator[str]:
+        nonlocal answer
+        told: dict[int, int] = {}
+        try:
+            while answer is not None:
+                last = answer.ended  # looked at first: another thread adds tokens
+                start, end = told.get(answer.choice, 0), len(answer.logprobs)
+                if end > start or last:
+                    told[answer.choice] = end
+                    yield f"data: {json.dumps({**head, 'choices': [shape(answer, start, end, last)]})}\n\n"
+                answer = await pieces.get()
+            yield "data: [DONE]\n\n"
+        finally:
+            task.cancel()
 
-async def _events(
-    task: asyncio.Task[list[Answer]],
-    pieces: asyncio.Queue[Answer | None],
-    answer: Answer | None,
-    head: Mapping[str, Any],
-    shape: Shape,
-) -> AsyncIterator[str]:
-    told: dict[int, int] = {}
-    try:
-        while answer is not None:
-            last = answer.ended  # looked at first: another thread adds tokens
-            start, end = told.get(answer.choice, 0), len(answer.logprobs)
-            if end > start or last:
-                told[answer.choice] = end
-                yield f"data: {json.dumps({**head, 'choices': [shape(answer, start, end, last)]})}\n\n"
-            answer = await pieces.get()
-        yield "data: [DONE]\n\n"
-    finally:
-        task.cancel()
-
-
-async def _typed(call: Coroutine[Any, Any, list[Answer]]) -> list[Answer]:
-    try:
-        return await call
-    except ContextLengthError as error:
-        words = f"This model's maximum context length is exceeded: {error}"
-        raise _Refused(400, words, param="input_tokens") from error
-    except (BackendError, ConfigurationError) as error:
-        raise _Refused(400, str(error)) from error
+    return StreamingResponse(events(), media_type="text/event-stream")
 
 
 async def _unless_hung_up(request: Request, call: Coroutine[Any, Any, list[Answer]]) -> list[Answer]:
@@ -220,20 +205,13 @@ def _add_weights(app: FastAPI, server: EmbeddedServer) -> None:
         engine.resume()
         return {"status": "resumed"}
 
-    @app.get("/is_paused")
-    async def is_paused() -> Any:
-        return {"is_paused": engine.paused}
-
     @app.post("/collective_rpc")
     async def collective_rpc(request: Request) -> Any:
         body = await _body(request)
         folder = (body.get("kwargs") or {}).get("weights_path")
         if body.get("method") != "reload_weights" or not isinstance(folder, str):
             raise _Refused(400, "only {'method': 'reload_weights', 'kwargs': {'weights_path': …}} can be asked for")
-        try:
-            await asyncio.to_thread(engine.load_weights, folder, forget=False)
-        except CheckpointError as error:
-            raise _Refused(400, str(error)) from error
+        await asyncio.to_thread(engine.load_weights, folder, forget=False)
         return {"results": [None]}
 
     @app.post("/update_weight_version")

@@ -230,8 +230,7 @@ class Llama:
         for start in range(0, len(ids), 256):
             told.append(self.logits(self.forward([(sequence, ids[start : start + 256])])))
         logprobs = log_softmax(np.concatenate(told)[:-1] / np.float32(temperature))
-        told_of: NDArray[np.float64] = logprobs[np.arange(len(ids) - 1), list(ids[1:])]
-        return told_of
+        return logprobs[np.arange(len(ids) - 1), list(ids[1:])]
 
     def _plan(
         self, steps: Many[tuple[Sequence, Many[int]]]
@@ -346,5 +345,4 @@ def _rotated(x: NDArray[np.float64], cos: Array, sin: Array) -> NDArray[np.float
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Along the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    logprobs: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return logprobs
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

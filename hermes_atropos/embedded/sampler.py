@@ -11,16 +11,12 @@ from numpy.typing import NDArray
 
 from hermes_atropos.embedded.llama import log_softmax
 from hermes_atropos.errors import SamplingError
-from hermes_atropos.servers.sampling import COMMON, NEUTRAL
+from hermes_atropos.servers.sampling import NEUTRAL
 from hermes_atropos.values import is_number
 
-__all__ = ["PARAMETERS", "Sampling", "draw", "read_sampling"]
+__all__ = ["Sampling", "draw", "read_sampling"]
 
-#: What a request may give; the others of ``NEUTRAL`` only at their neutral value.
-PARAMETERS = frozenset(
-    {"ignore_eos", "max_tokens", "n", "seed", "stop", "stop_token_ids", "temperature", "top_k", "top_p"}
-)
-
+# What a request may give at this value alone, unless it is among ``_PARAMETERS``.
 _OFF: dict[str, Any] = {**NEUTRAL, "min_tokens": 0, "logit_bias": {}}
 
 
@@ -50,15 +46,16 @@ def read_sampling(given: Mapping[str, Any]) -> Sampling:
         SamplingError: one that isn't known, or a value that can't be.
     """
     wanted = {name: value for name, value in given.items() if value is not None}
-    for name in wanted.keys() - PARAMETERS:
-        if name not in COMMON:
+    for name in wanted.keys() - _PARAMETERS.keys():
+        if name not in _OFF:
             raise SamplingError(f"the embedded model does not know {name}: leave it out")
         if wanted[name] != _OFF[name]:
             raise SamplingError(f"the embedded model has no {name}: leave it out, or give {_OFF[name]!r}")
-    asked = {name: value for name, value in wanted.items() if name in PARAMETERS}
-    for name, fits in _FITS.items():
-        if name in asked and not fits(asked[name]):
-            raise SamplingError(f"{name}={asked[name]!r} can't be: {_WANTED[name]}")
+    asked = {name: value for name, value in wanted.items() if name in _PARAMETERS}
+    for name, value in asked.items():
+        fits, remedy = _PARAMETERS[name]
+        if not fits(value):
+            raise SamplingError(f"{name}={value!r} can't be: {remedy}")
     stop = asked.pop("stop", ())
     stop_ids = frozenset(asked.pop("stop_token_ids", ()))
     return Sampling(stop=(stop,) if isinstance(stop, str) else tuple(stop), stop_token_ids=stop_ids, **asked)
@@ -68,27 +65,23 @@ def _whole(at_least: int) -> Callable[[Any], bool]:
     return lambda value: is_number(value, whole=True) and value >= at_least
 
 
-_FITS: dict[str, Callable[[Any], bool]] = {
-    "temperature": lambda value: is_number(value) and value >= 0,
-    "top_p": lambda value: is_number(value) and 0 < value <= 1,
-    "top_k": lambda value: is_number(value, whole=True) and (value >= 1 or value in (0, -1)),
-    "seed": _whole(0),
-    "n": _whole(1),
-    "max_tokens": _whole(1),
-    "stop": lambda value: all(isinstance(one, str) and one for one in ([value] if isinstance(value, str) else value)),
-    "stop_token_ids": lambda value: all(is_number(one, whole=True) for one in value),
-    "ignore_eos": lambda value: isinstance(value, bool),
-}
-_WANTED = {
-    "temperature": "give 0 (greedy) or more",
-    "top_p": "give more than 0, and 1 at most",
-    "top_k": "give 1 or more, or -1 for all",
-    "seed": "give a whole number of 0 or more",
-    "n": "give 1 or more",
-    "max_tokens": "give 1 or more",
-    "stop": "give a text or a list of texts",
-    "stop_token_ids": "give a list of token ids",
-    "ignore_eos": "give True or False",
+# What a request may give: which values fit, and what is said of the others.
+_PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda value: is_number(value) and value >= 0, "give 0 (greedy) or more"),
+    "top_p": (lambda value: is_number(value) and 0 < value <= 1, "give more than 0, and 1 at most"),
+    "top_k": (
+        lambda value: is_number(value, whole=True) and (value >= 1 or value in (0, -1)),
+        "give 1 or more, or -1 for all",
+    ),
+    "seed": (_whole(0), "give a whole number of 0 or more"),
+    "n": (_whole(1), "give 1 or more"),
+    "max_tokens": (_whole(1), "give 1 or more"),
+    "stop": (
+        lambda value: all(isinstance(one, str) and one for one in ([value] if isinstance(value, str) else value)),
+        "give a text or a list of texts",
+    ),
+    "stop_token_ids": (lambda value: all(is_number(one, whole=True) for one in value), "give a list of token ids"),
+    "ignore_eos": (lambda value: isinstance(value, bool), "give True or False"),
 }
 
 

@@ -19,7 +19,7 @@ from hermes_atropos.embedded.engine import Engine, Request
 from hermes_atropos.embedded.llama import Llama
 from hermes_atropos.embedded.sampler import read_sampling
 from hermes_atropos.errors import BackendResponseError, ContextLengthError
-from hermes_atropos.listening import TokenListener, token_listener
+from hermes_atropos.listening import token_listener
 from hermes_atropos.rendering.tokenizers import decode, load_tokenizer, template_text
 
 __all__ = ["MODEL", "EmbeddedServer"]
@@ -60,7 +60,15 @@ class EmbeddedServer(APIServer):
         checkpoint: str | Path | None = None,
         cache_tokens: int = 2**17,
     ) -> None:
-        super().__init__(config or _config(), reasoning_config=reasoning_config)
+        config = config or APIServerConfig(
+            model_name="embedded",
+            base_url="embedded://model",
+            api_key="none",
+            health_check=False,
+            num_max_requests_at_once=4096,
+            num_requests_for_eval=4096,
+        )
+        super().__init__(config, reasoning_config=reasoning_config)
         named = Path(self.config.model_name)
         self.checkpoint = Path(checkpoint or (named if (named / "config.json").exists() else MODEL))
         self.engine = Engine(Llama(self.checkpoint), cache_tokens=cache_tokens)
@@ -108,8 +116,16 @@ class EmbeddedServer(APIServer):
         if listener is None or kwargs.get("n") not in (None, 1):
             answers = await self.sample(prompt_ids, kwargs)
         else:
+            told = 0
+
+            def tell(answer: Request) -> None:
+                nonlocal told
+                new = answer.output_ids[told:]
+                told += len(new)
+                listener.more(new)
+
             listener.begin(prompt_ids)
-            answers = await self.sample(prompt_ids, kwargs, _Telling(listener))
+            answers = await self.sample(prompt_ids, kwargs, tell)
         return (
             prompt_ids,
             [answer.output_ids for answer in answers],
@@ -208,27 +224,3 @@ class EmbeddedServer(APIServer):
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": "embedded", "object": kind, "created": int(time.time()), "model": self.config.model_name}
-
-
-class _Telling:
-    """Tells a listener what is new of an answer."""
-
-    def __init__(self, listener: TokenListener) -> None:
-        self._listener = listener
-        self._told = 0
-
-    def __call__(self, answer: Request) -> None:
-        new = answer.output_ids[self._told :]
-        self._told += len(new)
-        self._listener.more(new)
-
-
-def _config() -> APIServerConfig:
-    return APIServerConfig(
-        model_name="embedded",
-        base_url="embedded://model",
-        api_key="none",
-        health_check=False,
-        num_max_requests_at_once=4096,
-        num_requests_for_eval=4096,
-    )

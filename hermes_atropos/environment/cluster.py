@@ -25,7 +25,7 @@ from hermes_atropos.trajectory import AgentResult
 if TYPE_CHECKING:
     from hermes_atropos.environment.env import HermesEnv
 
-__all__ = ["Actors", "serve"]
+__all__ = ["serve", "spread"]
 
 #: Seconds that an actor has to end the rollouts under way.
 LAST_WORDS = 60.0
@@ -73,7 +73,15 @@ class Member:
                 f"{os.uname().nodename} has no folder {folder}: serve from one that all machines share, or submit a "
                 f"Ray job with a working_dir ({error})"
             ) from error
-        self._env: HermesEnv = recording(named(name))(*pickle.loads(given))
+
+        class Recording(named(name)):  # type: ignore[misc]
+            """Gives what a rollout left to whoever asked for it, and writes nothing itself."""
+
+            async def record(self, trajectory: AgentResult) -> None:
+                if self.config.records_path:  # otherwise nobody asks for it, and it is long
+                    _rolled.get().records.append(trajectory)
+
+        self._env: HermesEnv = Recording(*pickle.loads(given))
         self._running: set[asyncio.Task[Any]] = set()
 
     async def roll_out(self, item: Any) -> Rolled:
@@ -103,79 +111,37 @@ class Member:
             await asyncio.wait(self._running)
 
 
-def recording(environment: type[HermesEnv]) -> type[HermesEnv]:
-    """The environment, which gives what a rollout left to whoever asked for it, and writes nothing itself."""
-
-    class Recording(environment):  # type: ignore[misc, valid-type]
-        async def record(self, trajectory: AgentResult) -> None:
-            if self.config.records_path:  # otherwise nobody asks for it, and it is long
-                _rolled.get().records.append(trajectory)
-
-    return Recording
-
-
-class Actors:
-    """The actors of an environment, each on a machine that has ``cores`` free.
-
-    Args:
-        member: the arguments of :class:`Member`.
-        count: how many; None has as many as the cluster has cores for.
-        cores: of each.
-        attempts: how often a group is rolled out that an actor's end cut short.
-    """
-
-    def __init__(self, *member: Any, count: int | None, cores: float, attempts: int) -> None:
-        import ray
-
-        if cores <= 0:
-            raise ConfigurationError(f"--cores {cores:g}: give more than 0")
-        there = int(ray.cluster_resources().get("CPU", 0) // cores)  # type: ignore[no-untyped-call]
-        if there < (count or 1):
-            raise ConfigurationError(
-                f"{count or 1} actors of {cores:g} cores are asked for, and the Ray cluster has cores for {there}: "
-                "give a smaller --processes or --cores"
-            )
-        actor: Any = ray.remote(Member).options(
-            num_cpus=cores, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=attempts - 1
-        )
-        self._running = {actor.remote(*member): 0 for _ in range(count or there)}
-
-    async def roll_out(self, item: Any) -> Rolled:
-        """Have the actor with the least to do roll out an item."""
-        actor = min(self._running, key=self._running.__getitem__)
-        self._running[actor] += 1
-        try:
-            rolled: Rolled = await actor.roll_out.remote(item)
-        finally:
-            self._running[actor] -= 1
-        return rolled
-
-    async def end(self) -> None:
-        """End the rollouts under way, and the actors."""
-        import ray
-
-        ends = [asyncio.wrap_future(actor.end.remote().future()) for actor in self._running]
-        await asyncio.wait(ends, timeout=LAST_WORDS)
-        for actor in self._running:
-            ray.kill(actor)
-
-
 def spread(environment: type[HermesEnv], name: str, count: int | None, cores: float) -> type[HermesEnv]:
-    """The environment, with actors that roll out its items. Ray must have been initialised."""
+    """The environment, with actors that roll out its items, as of :func:`serve`. Ray must have been initialised."""
+    import ray
+
+    if cores <= 0:
+        raise ConfigurationError(f"--cores {cores:g}: give more than 0")
+    there = int(ray.cluster_resources().get("CPU", 0) // cores)  # type: ignore[no-untyped-call]
+    if there < (count or 1):
+        raise ConfigurationError(
+            f"{count or 1} actors of {cores:g} cores are asked for, and the Ray cluster has cores for {there}: "
+            "give a smaller --processes or --cores"
+        )
 
     class Spread(environment):  # type: ignore[misc, valid-type]
         def __init__(self, config: Any, server_configs: Any, **options: Any) -> None:
             super().__init__(config, server_configs, **options)
             given = pickle.dumps((config, server_configs))
-            self.actors = Actors(
-                *(name, os.getcwd(), given), count=count, cores=cores, attempts=config.rollout_attempts
+            retries = config.rollout_attempts - 1  # of a group that an actor's end cut short
+            actor: Any = ray.remote(Member).options(
+                num_cpus=cores, scheduling_strategy="SPREAD", max_restarts=-1, max_task_retries=retries
             )
+            self.actors = {actor.remote(name, os.getcwd(), given): 0 for _ in range(count or there)}
 
         async def collect_trajectories(self, item: Any) -> tuple[Any, list[Any]]:
+            actor = min(self.actors, key=self.actors.__getitem__)  # with the least to do
+            self.actors[actor] += 1
             self.in_flight += self.config.group_size
             try:
-                rolled = await self.actors.roll_out(item)
+                rolled: Rolled = await actor.roll_out.remote(item)
             finally:
+                self.actors[actor] -= 1
                 self.in_flight -= self.config.group_size
             self.counts.update(rolled.counts)
             for what, values in rolled.metrics.items():
@@ -191,7 +157,10 @@ def spread(environment: type[HermesEnv], name: str, count: int | None, cores: fl
             try:
                 await super().env_manager()
             finally:
-                await self.actors.end()
+                ends = [asyncio.wrap_future(actor.end.remote().future()) for actor in self.actors]
+                await asyncio.wait(ends, timeout=LAST_WORDS)
+                for actor in self.actors:
+                    ray.kill(actor)
 
     Spread.__name__ = environment.__name__  # by which the outbox and W&B may know it
     return Spread

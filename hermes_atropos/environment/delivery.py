@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 from hermes_atropos.environment.outbox import Entry, Event, Outbox, noted
@@ -44,13 +43,12 @@ class Delivery:
         away: why the API is not there; None while it is.
     """
 
-    def __init__(self, api: AtroposAPI, outbox: Outbox, environment: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, api: AtroposAPI, outbox: Outbox, environment: dict[str, Any]) -> None:
         self._api = api
         self._outbox = outbox
         self._environment = environment
         self.registration: dict[str, Any] | None = None
         self.away: str | None = "not asked yet"
-        self._registered = asyncio.Event()
         self._in_queue: deque[Entry] = deque()
         self._in_batch: deque[tuple[Entry, int]] = deque()
 
@@ -64,7 +62,7 @@ class Delivery:
 
     async def _try_to_register(self) -> None:
         try:
-            self.registration = await self._api.register(**self._environment())
+            self.registration = await self._api.register(**self._environment)
         except BackendError as error:
             self._gone_away(str(error))
             return
@@ -72,7 +70,6 @@ class Delivery:
             self._gone_away("it waits for a trainer to start")
         else:
             self._back()
-            self._registered.set()
 
     async def status(self) -> dict[str, Any] | None:
         """Where training is; None while the API is away, or has forgotten this environment, which registers again."""
@@ -98,19 +95,18 @@ class Delivery:
         for _ in range(min(left, len(self._in_queue))):
             self._in_batch.append((self._in_queue.popleft(), step))
         while self._in_batch and self._in_batch[0][1] < step:
-            await noted(self._outbox.ended, self._in_batch.popleft()[0], Event.DRAWN)
+            await noted(self._outbox.note, self._in_batch.popleft()[0], Event.DRAWN)
 
     async def run(self) -> None:
         """Send what the outbox holds, in order, until cancelled."""
         while True:
-            await self._registered.wait()
-            if self._outbox.doubtful:
+            if self.registration is None or not (self._outbox.doubtful or self._outbox.waiting):
+                await asyncio.sleep(PAUSE / 5)
+            elif self._outbox.doubtful:
                 await self._settle(self._outbox.doubtful[0], "the process ended while it was sent")
                 self._outbox.doubtful.pop(0)
-            elif self._outbox.waiting:
-                await self._send(self._outbox.waiting[0])
             else:
-                await asyncio.sleep(PAUSE / 5)
+                await self._send(self._outbox.waiting[0])
 
     async def drained(self, limit: float) -> bool:
         """Wait until nothing waits, for ``limit`` seconds at most; whether nothing does."""
@@ -130,19 +126,19 @@ class Delivery:
         await self._api.close()
 
     async def _send(self, entry: Entry) -> None:
-        await noted(self._outbox.sending, entry)
+        await noted(self._outbox.note, entry, Event.SENDING)
         try:
             # A fresh API must not get a group before its trainer has registered.
             if (await self._api.trainer()).get("batch_size", -1) == -1 or self.registration is None:
                 raise BackendConnectionError(f"{self._api.url} has been started again")
         except BackendError as error:
-            await noted(self._outbox.not_sent, entry)
+            await noted(self._outbox.note, entry, Event.READY)
             self._lost_registration(error)
             return
         try:
             await self._api.send(entry.groups, self.registration["env_id"])
         except BackendConnectionError as error:
-            await noted(self._outbox.not_sent, entry)
+            await noted(self._outbox.note, entry, Event.READY)
             self._lost_registration(error)
             return
         except AnswerLostError as error:
@@ -150,7 +146,7 @@ class Delivery:
             self._lost_registration(error)
         except BackendResponseError as error:
             if error.status in COME_AGAIN:
-                await noted(self._outbox.not_sent, entry)
+                await noted(self._outbox.note, entry, Event.READY)
                 self._gone_away(str(error))
                 await asyncio.sleep(error.retry_after or PAUSE)
                 return
@@ -158,13 +154,13 @@ class Delivery:
                 await self._settle(entry, str(error))
             else:
                 logger.error("the API has refused group %s of %s: %s", entry.id, entry.item, error)
-                await noted(self._outbox.ended, entry, Event.REFUSED, str(error))
+                await noted(self._outbox.note, entry, Event.REFUSED, why=str(error))
         else:
             await self._taken(entry)
         self._outbox.waiting.popleft()
 
     async def _taken(self, entry: Entry) -> None:
-        await noted(self._outbox.taken, entry)
+        await noted(self._outbox.note, entry, Event.TAKEN)
         self._in_queue.append(entry)
 
     async def _settle(self, entry: Entry, why: str) -> None:
@@ -179,17 +175,16 @@ class Delivery:
             return
         logger.error("whether the API has group %s of %s can't be known, and it is not sent again: %s",
                      entry.id, entry.item, why)  # fmt: skip
-        await noted(self._outbox.ended, entry, Event.UNKNOWN, why)
+        await noted(self._outbox.note, entry, Event.UNKNOWN, why=why)
 
     def _lost_registration(self, error: BackendError) -> None:
         """The API was away. Whether it is the same that comes back can't be seen: the environment registers again."""
         self._gone_away(str(error))
         self.registration = None
-        self._registered.clear()
         for entry in [*(entry for entry, _ in self._in_batch), *self._in_queue]:
             logger.warning("group %s of %s was with the API, and is gone if the API has ended", entry.id,
                            entry.item)  # fmt: skip
-            self._outbox.ended(entry, Event.GONE)
+            self._outbox.note(entry, Event.GONE)
         self._in_queue.clear()
         self._in_batch.clear()
 

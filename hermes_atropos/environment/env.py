@@ -16,7 +16,7 @@ from atroposlib.envs.base import BaseEnv
 
 from hermes_atropos.environment import evaluation, progress
 from hermes_atropos.environment.config import FailedRollouts, HermesEnvConfig, MalformedCalls
-from hermes_atropos.environment.groups import arranged, measured, rows
+from hermes_atropos.environment.groups import arranged, means, rows
 from hermes_atropos.environment.rollouts import Rollouts, group_id
 from hermes_atropos.environment.serving import Serving
 from hermes_atropos.errors import ConfigurationError, RolloutFailed
@@ -35,10 +35,6 @@ class HermesEnv(Rollouts, BaseEnv):
 
     A subclass says what the items are (:meth:`items`), what to ask for (:meth:`prompt`) and what the outcome is worth
     (:meth:`verify`). Everything else has a default.
-
-    Attributes:
-        agent: runs every rollout.
-        counts, metrics: of what happened; they are logged and shown.
 
     Raises:
         ConfigurationError: at construction, where the agent cannot be made so, or Hermes was imported before the
@@ -60,7 +56,7 @@ class HermesEnv(Rollouts, BaseEnv):
             try_wall()
         self.agent = self.make_agent()
         self.serving: Serving | None = None
-        self._coming: AsyncIterator[Any] | None = None
+        self._coming = self._own_items()
 
     # What a subclass says
 
@@ -125,8 +121,6 @@ class HermesEnv(Rollouts, BaseEnv):
 
     async def get_next_item(self) -> Any:
         """The next item that is this process's to roll out; None where there are none."""
-        if self._coming is None:
-            self._coming = self._own_items()
         return await anext(self._coming, None)
 
     async def _own_items(self) -> AsyncIterator[Any]:
@@ -169,7 +163,7 @@ class HermesEnv(Rollouts, BaseEnv):
             raise RolloutFailed(f"nothing was sampled in any of the rollouts ({errors})", trajectory=done[0][0])
         groups = arranged(parts, self.config.group_size, done[0][0].sampling)
         for group in groups:
-            group["group_overrides"]["metrics"] = measured([result for result, _ in done])
+            group["group_overrides"]["metrics"] = means(result.metadata["metrics"] for result, _ in done)
         return (groups[0] if len(groups) == 1 else groups), []
 
     # Serving, processing, logging

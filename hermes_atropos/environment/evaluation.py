@@ -6,25 +6,24 @@ import asyncio
 import json
 import logging
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator
-from itertools import count
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from hermes_atropos.environment.groups import means
 from hermes_atropos.errors import RolloutFailed, VerifierError
+from hermes_atropos.exports.jsonl import write_jsonl
 from hermes_atropos.values import plain
 
 if TYPE_CHECKING:
     from hermes_atropos.environment.env import HermesEnv
 
-__all__ = ["each", "evaluate"]
+__all__ = ["each", "eval_items", "evaluate"]
 
 logger = logging.getLogger(__name__)
 
 
-async def evaluate(env: HermesEnv) -> dict[str, float]:
+async def evaluate(env: HermesEnv) -> None:
     """Roll out each of ``env.eval_items()`` once, and log the means of scores and metrics.
 
     Where ``data_dir_to_save_evals`` names a folder, each outcome is written there at once; a later evaluation of the
@@ -43,23 +42,21 @@ async def evaluate(env: HermesEnv) -> dict[str, float]:
             outcome = await outcome_of(env, item)
         outcomes[number] = outcome
         if kept is not None:
-            await asyncio.to_thread(note, kept, {"number": number, **outcome})
+            await asyncio.to_thread(write_jsonl, [{"number": number, **outcome}], kept)
 
     async with asyncio.TaskGroup() as group:
-        numbers = count()
-        async for item in each(env.eval_items()):
-            number = next(numbers)
-            if number >= env.config.eval_size:
-                break
+        for number, item in enumerate(await eval_items(env)):
             if number not in outcomes:
                 group.create_task(one(number, item))
-    metrics = means(outcomes.values())
+    scored = [outcome for outcome in outcomes.values() if "failure" not in outcome]
+    found = means({**outcome["metrics"], "score": outcome["score"]} for outcome in scored)
+    metrics = {f"eval/{name}": mean for name, mean in found.items()}
+    metrics |= {"eval/items": len(outcomes), "eval/failed": len(outcomes) - len(scored)}
     env.eval_metrics = metrics
     samples = [{"number": number, **outcomes[number]} for number in sorted(outcomes)]
     await env.evaluate_log(metrics, start_time=started, end_time=time.time(), samples=samples)
     if kept is not None:
         kept.unlink(missing_ok=True)
-    return metrics
 
 
 async def each(items: Any) -> AsyncIterator[Any]:
@@ -72,6 +69,16 @@ async def each(items: Any) -> AsyncIterator[Any]:
             yield item
 
 
+async def eval_items(env: HermesEnv) -> list[Any]:
+    """The items of an evaluation, ``eval_size`` at most."""
+    items = []
+    async for item in each(env.eval_items()):
+        items.append(item)
+        if len(items) == env.config.eval_size:
+            break
+    return items
+
+
 async def outcome_of(env: HermesEnv, item: Any) -> dict[str, Any]:
     """What one rollout came to, as JSON holds it."""
     try:
@@ -79,7 +86,7 @@ async def outcome_of(env: HermesEnv, item: Any) -> dict[str, Any]:
     except (RolloutFailed, VerifierError) as failure:
         logger.error("an item is left out of the evaluation: %s", failure)
         return {"item": repr(item)[:200], "failure": f"{type(failure).__name__}: {failure}"}
-    said: dict[str, Any] = plain(
+    return plain(
         {
             "item": repr(item)[:200],
             "score": trajectory.metadata["score"],
@@ -89,27 +96,6 @@ async def outcome_of(env: HermesEnv, item: Any) -> dict[str, Any]:
             "messages": trajectory.to_messages(),
         }
     )
-    return said
-
-
-def means(outcomes: Any) -> dict[str, float]:
-    """Of scores and metrics, and how many items there were and how many failed."""
-    measured: defaultdict[str, list[float]] = defaultdict(list)
-    failed = total = 0
-    for outcome in outcomes:
-        total += 1
-        failed += "failure" in outcome
-        if "score" in outcome:
-            measured["eval/score"].append(outcome["score"])
-            for name, value in outcome["metrics"].items():
-                measured[f"eval/{name}"].append(value)
-    return {name: fmean(values) for name, values in measured.items()} | {"eval/items": total, "eval/failed": failed}
-
-
-def note(path: Path, outcome: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        file.write(json.dumps(outcome).encode() + b"\n")
 
 
 def read(path: Path | None) -> dict[int, dict[str, Any]]:

@@ -9,8 +9,9 @@ sampled tokens is trained in one.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -25,7 +26,7 @@ from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB, group_of, score
 from hermes_atropos.toolcalls import ParseStatus
 from hermes_atropos.trajectory import AgentResult
 
-__all__ = ["arranged", "measured", "rows"]
+__all__ = ["arranged", "means", "rows"]
 
 #: One sequence as Atropos' API takes it: an atroposlib ``ScoredDataItem``.
 Row = dict[str, Any]
@@ -76,8 +77,8 @@ def arranged(rollouts: Sequence[Sequence[Row]], group_size: int, sampling: Any) 
         atroposlib ``ScoredDataGroup``s. The last is smaller where sequences of a single sampled token can't be divided.
     """
     parts = [list(of_rollout) for of_rollout in rollouts]
-    count = max(map(len, parts), default=0)
-    while parts and sum(map(len, parts)) < count * group_size:
+    count = max(map(len, parts))
+    while sum(map(len, parts)) < count * group_size:
         for of_rollout in sorted(parts, key=len):
             longest = max(of_rollout, key=_trained)
             if _trained(longest) > 1:
@@ -86,23 +87,18 @@ def arranged(rollouts: Sequence[Sequence[Row]], group_size: int, sampling: Any) 
                 break
         else:
             break
-    dealt = list(_in_turns(parts))
+    dealt = [row for in_turn in itertools.zip_longest(*parts) for row in in_turn if row is not None]
     chunks = [dealt[start : start + group_size] for start in range(0, len(dealt), group_size)]
     return [group_of(chunk, sampling) for chunk in chunks]
 
 
-def measured(rollouts: Sequence[AgentResult]) -> dict[str, float]:
-    """By name, the mean of what the verifiers measured in rollouts that were scored."""
+def means(measured: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """By name, the means of what was measured several times."""
     values: defaultdict[str, list[float]] = defaultdict(list)
-    for rollout in rollouts:
-        for name, value in rollout.metadata["metrics"].items():
+    for once in measured:
+        for name, value in once.items():
             values[name].append(float(value))
     return {name: fmean(found) for name, found in values.items()}
-
-
-def _in_turns(parts: Sequence[Sequence[Row]]) -> Iterator[Row]:
-    for place in range(max(map(len, parts), default=0)):
-        yield from (of_rollout[place] for of_rollout in parts if place < len(of_rollout))
 
 
 def _trained(row: Row) -> int:
@@ -113,15 +109,11 @@ def _halves(row: Row) -> tuple[Row, Row]:
     """Two rows that train half of a row's sampled tokens each; the first ends where its half does."""
     trained = [place for place, mask in enumerate(row["masks"]) if mask != MASK]
     cut = trained[len(trained) // 2]
-    before = {name: row[name][:cut] for name in ("tokens", "masks", "inference_logprobs")}
-    masked = {
-        "masks": [MASK] * cut + row["masks"][cut:],
-        "inference_logprobs": [PROMPT_LOGPROB] * cut + row["inference_logprobs"][cut:],
-    }
-    if row["advantages"]:
-        before["advantages"] = row["advantages"][:cut]
-        masked["advantages"] = [0.0] * cut + row["advantages"][cut:]
-    return row | before, row | masked
+    lists = [name for name in ("tokens", "masks", "inference_logprobs", "advantages") if row[name]]
+    first = row | {name: row[name][:cut] for name in lists}
+    second = row | {name: list(row[name]) for name in lists}
+    _mask(second, 0, cut)
+    return first, second
 
 
 def _malformed_turns(result: AgentResult) -> set[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import logging
 import os
 import signal
@@ -12,13 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hermes_atropos.errors import ConfigurationError, HermesAtroposError
 
-__all__ = ["command_line", "named", "run", "supervise"]
+__all__ = ["named", "run", "supervise"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,24 +48,17 @@ def named(name: str) -> type[Any]:
     sys.path.insert(0, str(path.parent if path.suffix == ".py" else Path.cwd()))
     try:
         module = importlib.import_module(path.stem if path.suffix == ".py" else module_name)
-        found: type[Any] = getattr(module, class_name)
+        return getattr(module, class_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(f"{name!r} does not name an environment, as MODULE:CLASS does: {error}") from error
-    return found
-
-
-def command_line(name: str, command: str, arguments: Sequence[str]) -> None:
-    """atroposlib's ``serve``, ``process`` or ``evaluate`` of an environment, in this process.
-
-    Raises:
-        ConfigurationError: the name names none.
-        SystemExit: when it is through.
-    """
-    run(named(name), command, name, arguments)
 
 
 def run(environment: type[Any], command: str, name: str, arguments: Sequence[str]) -> None:
-    """One of atroposlib's commands of an environment that is known as ``name``; as :func:`command_line`."""
+    """atroposlib's ``serve``, ``process`` or ``evaluate`` of an environment, known as ``name``, in this process.
+
+    Raises:
+        SystemExit: when it is through.
+    """
     sys.argv = [name, command, *arguments]
     if command == "evaluate" and not any(given.startswith("--env.data_dir_to_save_evals") for given in arguments):
         # Where an evaluation that was cut goes on.
@@ -84,9 +76,22 @@ def supervise(name: str, processes: int, arguments: Sequence[str]) -> None:
         HermesAtroposError: one keeps dying right after its start; the others are ended then.
     """
     children = [Child(name, number, processes, arguments) for number in range(processes)]
-    with ended_by_signals(children):
-        while sum(child.watch() for child in children):  # each is looked at, which any() would not
-            time.sleep(LOOK)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            while sum(child.watch() for child in children):  # each is looked at, which any() would not
+                time.sleep(LOOK)
+    finally:
+        running = [child.process for child in children if child.process is not None]
+        for process in running:
+            process.terminate()
+        for process in running:
+            try:
+                process.wait(LAST_WORDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 class Child:
@@ -98,7 +103,7 @@ class Child:
         self._number = number
         self._deaths = 0
         self._not_before = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def watch(self) -> bool:
         """Start it where it does not run; whether it is still to run.
@@ -107,15 +112,15 @@ class Child:
             HermesAtroposError: it keeps dying.
         """
         now = time.monotonic()
-        if self._process is None:
+        if self.process is None:
             if now >= self._not_before:
                 # Its input is a pipe in which nothing comes: it ends when this process does, however that happens.
-                self._started, self._process = now, subprocess.Popen(self._command, stdin=subprocess.PIPE)
+                self._started, self.process = now, subprocess.Popen(self._command, stdin=subprocess.PIPE)
             return True
-        code = self._process.poll()
+        code = self.process.poll()
         if code is None or code == 0:
             return code is None
-        self._process = None
+        self.process = None
         self._deaths = 1 if now - self._started > STARTED else self._deaths + 1
         if self._deaths >= TRIES:
             raise HermesAtroposError(
@@ -126,20 +131,6 @@ class Child:
         logger.warning("process %d ended with exit code %d: it is started again in %g s", self._number, code, wait)
         self._not_before = now + wait
         return True
-
-    def end(self) -> None:
-        """Ask it to end."""
-        if self._process is not None:
-            self._process.terminate()
-
-    def wait(self) -> None:
-        """Until it has ended, which it must."""
-        if self._process is not None:
-            try:
-                self._process.wait(LAST_WORDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
 
 
 def end_with_the_supervisor() -> None:
@@ -153,22 +144,3 @@ def end_with_the_supervisor() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="watches the supervisor", daemon=True).start()
-
-
-@contextlib.contextmanager
-def ended_by_signals(children: Sequence[Child]) -> Iterator[None]:
-    """When the block ends, or SIGTERM or Ctrl-C comes, the children end."""
-
-    def end(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            yield
-    finally:
-        for child in children:
-            child.end()
-        for child in children:
-            child.wait()
-        signal.signal(signal.SIGTERM, before)

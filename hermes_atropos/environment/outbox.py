@@ -4,7 +4,7 @@ A process writes one file, a JSON line an event, each on disk (fsync) before the
 
     began     the rollouts of an item were started
     failed    they came to no group
-    ready     a group is finished; the line has all of it
+    ready     a group is finished, and the line has all of it; or, after sending, it was not sent after all
     sending   the group is about to be sent
     taken     the API has taken it, into a queue that ends with the API
     drawn     the trainer has drawn it from that queue
@@ -26,7 +26,7 @@ import os
 import threading
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -102,19 +102,8 @@ class Journal:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-        self._cut_torn_line()
-
-    def _cut_torn_line(self) -> None:
-        size = self.size
-        tail = os.pread(self._file, 1, size - 1) if size else b"\n"
-        if tail != b"\n":
-            whole = self.path.read_bytes()
-            os.ftruncate(self._file, whole.rfind(b"\n") + 1)
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return os.fstat(self._file).st_size
+        whole = self.path.read_bytes()
+        os.ftruncate(self._file, whole.rfind(b"\n") + 1)  # a torn line
 
     def write(self, event: Event, entry_id: str, **more: Any) -> None:
         """Add a line; it is on disk when this returns."""
@@ -190,58 +179,42 @@ class Outbox:
 
     def _take_over(self) -> None:
         """Go on with the files that no process holds."""
+        left: dict[Event, MutableSequence[Entry]] = {
+            Event.READY: self.waiting,
+            Event.SENDING: self.doubtful,
+            Event.TAKEN: self.queued,
+            Event.BEGAN: self.cut,
+        }
         for path in sorted(self._folder.glob(f"{self._name}-*-*.jsonl"), key=lambda path: path.stat().st_mtime):
             with contextlib.suppress(BlockingIOError, FileNotFoundError):
                 journal = Journal(path)
-                entries = journal.entries()
-                self._open[journal] = {entry.id for entry in entries.values() if entry.state not in ENDS}
-                for entry in entries.values():
-                    if entry.state is Event.READY:
-                        self.waiting.append(entry)
-                    elif entry.state is Event.SENDING:
-                        self.doubtful.append(entry)
-                    elif entry.state is Event.TAKEN:
-                        self.queued.append(entry)
-                    elif entry.state is Event.BEGAN:
-                        self.cut.append(entry)
-                if not self._open[journal]:
+                unended = [entry for entry in journal.entries().values() if entry.state not in ENDS]
+                self._open[journal] = {entry.id for entry in unended}
+                for entry in unended:
+                    left[entry.state].append(entry)
+                if not unended:
                     self._put_away(journal)
 
     def began(self, entry_id: str, item: Any) -> Entry:
         """The rollouts of an item start."""
         entry = Entry(entry_id, repr(item)[:200], self._journal)
-        self._note(entry, Event.BEGAN, item=entry.item)
+        self.note(entry, Event.BEGAN, item=entry.item)
         return entry
 
     def ready(self, entry: Entry, groups: list[dict[str, Any]]) -> None:
         """Its groups are finished; they wait to be sent."""
         entry.groups = groups
-        self._note(entry, Event.READY, groups=groups)
+        self.note(entry, Event.READY, groups=groups)
         self.waiting.append(entry)
 
-    def sending(self, entry: Entry) -> None:
-        """It is about to be sent."""
-        self._note(entry, Event.SENDING)
-
-    def not_sent(self, entry: Entry) -> None:
-        """It was not sent after all: nobody took the connection, or the answer said to come again."""
-        self._note(entry, Event.READY)
-
-    def taken(self, entry: Entry) -> None:
-        """The API has it."""
-        self._note(entry, Event.TAKEN)
-        entry.groups = []
-
-    def ended(self, entry: Entry, event: Event, why: str = "", **more: Any) -> None:
-        """Nothing more is to be done for it."""
-        self._note(entry, event, why=why, **more)
-        entry.groups = []
-
-    def _note(self, entry: Entry, event: Event, **more: Any) -> None:
+    def note(self, entry: Entry, event: Event, **more: Any) -> None:
+        """Write down what has happened to an entry, with what is to be known beside."""
         with self._lock:
             entry.journal.write(event, entry.id, **more)
             entry.state = event
             self.counts[event] += 1
+            if event is Event.TAKEN or event in ENDS:
+                entry.groups = []
             open_ = self._open[entry.journal]
             if event not in ENDS:
                 open_.add(entry.id)
@@ -249,7 +222,7 @@ class Outbox:
             open_.discard(entry.id)
             if not open_ and entry.journal is not self._journal:
                 self._put_away(entry.journal)
-            elif not open_ and self._journal.size > ROTATE_AT:
+            elif not open_ and self._journal.path.stat().st_size > ROTATE_AT:
                 full, self._journal = self._journal, self._new_journal()
                 self._put_away(full)
 

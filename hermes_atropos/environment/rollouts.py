@@ -30,15 +30,13 @@ __all__ = ["Reward", "Rollouts", "group_id"]
 group_id: ContextVar[str | None] = ContextVar("hermes_atropos_group_id", default=None)
 
 #: Ends that say nothing about the model.
-NOT_THE_MODELS_DOING = frozenset(
-    {
-        StopReason.CANCELLED,
-        StopReason.ERROR,
-        StopReason.INTERRUPTED,
-        StopReason.SERVER_ERROR,
-        StopReason.TIMEOUT,
-    }
-)
+NOT_THE_MODELS_DOING = {
+    StopReason.CANCELLED,
+    StopReason.ERROR,
+    StopReason.INTERRUPTED,
+    StopReason.SERVER_ERROR,
+    StopReason.TIMEOUT,
+}
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class Rollouts(ABC):
     Attributes:
         in_flight: how many rollouts run.
         agent: runs every rollout; anything with the ``task`` of ``AtroposAIAgent`` and ``AtroposAgent``.
-        counts: of what happened since the start, by name.
-        metrics: what verifiers measured since it was last taken, by name.
+        counts: of what happened since the start, by name; they are logged and shown.
+        metrics: what verifiers measured since it was last logged, by name.
     """
 
     agent: Any
@@ -97,10 +95,7 @@ class Rollouts(ABC):
 
     def task(self, item: Any) -> OpenedTask[Any]:
         """A task of the agent in the sandbox that the configuration asks for, with a copy of the item's workspace."""
-        opened: OpenedTask[Any] = self.agent.task(
-            workspace=self.workspace(item), copy=True, **self.config.sandbox_arguments()
-        )
-        return opened
+        return self.agent.task(workspace=self.workspace(item), copy=True, **self.config.sandbox_arguments())
 
     async def prepare(self, item: Any, task: Task) -> None:
         """Called in the rollout's sandbox before the agent is asked: write there what the item needs."""
@@ -125,8 +120,7 @@ class Rollouts(ABC):
                 raise RolloutFailed(f"its sandbox could not be opened: {error}") from error
             self.in_flight += 1
             try:
-                result = await self._run(item, task)
-                return await self._scored(item, task, result)
+                return await self._run(item, task)
             except (RolloutFailed, VerifierError) as failure:
                 if task.trajectory is not None:
                     task.trajectory.metadata["failure"] = f"{type(failure).__name__}: {failure}"
@@ -143,7 +137,7 @@ class Rollouts(ABC):
             # A call that waits for a thread would be dropped by a cancellation, and the record with it.
             await run_to_end(functools.partial(write_record, trajectory, self.config.records_path, append=True))
 
-    async def _run(self, item: Any, task: Task) -> Any:
+    async def _run(self, item: Any, task: Task) -> tuple[AgentResult, float]:
         limit = self.config.rollout_timeout
         await self.prepare(item, task)
         prompt = self.prompt(item)
@@ -158,14 +152,8 @@ class Rollouts(ABC):
         assert trajectory is not None
         if trajectory.stop_reason in NOT_THE_MODELS_DOING:
             message = f"the rollout ended as {trajectory.stop_reason}: {trajectory.error}"
-            raise RolloutFailed(message, trajectory=trajectory) from (
-                result.get("cause") if isinstance(result, Mapping) else None
-            )
-        return result
-
-    async def _scored(self, item: Any, task: Task, result: Any) -> tuple[AgentResult, float]:
-        trajectory = task.trajectory
-        assert trajectory is not None
+            cause = result.get("cause") if isinstance(result, Mapping) else None
+            raise RolloutFailed(message, trajectory=trajectory) from cause
         reward = await self.reward_of(item, task, result, trajectory)
         trajectory.metadata |= {"score": reward.score, "reason": reward.reason, "metrics": dict(reward.metrics)}
         for step in trajectory.steps:

@@ -38,40 +38,32 @@ LOOK, LAST_WORDS, LONGEST_PAUSE = 0.2, 30.0, 60.0
 
 
 class Serving:
-    """Serves a trainer with the groups of an environment.
-
-    Attributes:
-        outbox: where finished groups wait.
-        delivery: brings them to the API.
-    """
+    """Serves a trainer with the groups of an environment."""
 
     def __init__(self, env: HermesEnv) -> None:
         self._env = env
         config = env.config
         self.outbox = Outbox(config.outbox_path, env.name or type(env).__name__)
-        self.delivery = Delivery(AtroposAPI(config.rollout_server_url), self.outbox, self._registers_as)
+        registers_as = {
+            "max_token_length": config.max_token_length,
+            "desired_name": config.wandb_name or env.name or type(env).__name__,
+            "weight": config.inference_weight,
+            "min_batch_allocation": config.min_batch_allocation,
+            "group_size": config.group_size,
+        }
+        self.delivery = Delivery(AtroposAPI(config.rollout_server_url), self.outbox, registers_as)
         self._entries: dict[str, Entry] = {}
         self._failed_in_a_row = 0
         self._not_before = 0.0
         for entry in self.outbox.cut:
             logger.warning("group %s of %s is cut: an earlier process ended in its rollouts", entry.id, entry.item)
-            self.outbox.ended(entry, Event.FAILED, "the process ended")
+            self.outbox.note(entry, Event.FAILED, why="the process ended")
         for entry in self.outbox.queued:
             logger.warning("group %s of %s, of an earlier process, was with the API: if the API has ended since, it "
                            "is gone", entry.id, entry.item)  # fmt: skip
-            self.outbox.ended(entry, Event.GONE)
+            self.outbox.note(entry, Event.GONE)
         if self.outbox.waiting:
             logger.info("an earlier process left %d groups, which are sent first", len(self.outbox.waiting))
-
-    def _registers_as(self) -> dict[str, Any]:
-        config = self._env.config
-        return {
-            "max_token_length": config.max_token_length,
-            "desired_name": config.wandb_name or self._env.name or type(self._env).__name__,
-            "weight": config.inference_weight,
-            "min_batch_allocation": config.min_batch_allocation,
-            "group_size": config.group_size,
-        }
 
     async def run(self) -> None:
         """Serve until the trainer has what it needs, or a SIGTERM comes. Groups that still run are cut."""
@@ -162,7 +154,7 @@ class Serving:
                 groups, _ = await env.collect_trajectories(item)
                 groups = await env.postprocess_histories(groups)
             if groups is None:
-                self.outbox.ended(entry, Event.FAILED, "one of its rollouts failed, and failed_rollouts is replace")
+                self.outbox.note(entry, Event.FAILED, why="one of its rollouts failed, and failed_rollouts is replace")
                 return None
             of_item = groups if isinstance(groups, list) else [groups]
             for group in of_item:
@@ -171,12 +163,14 @@ class Serving:
             if refusal is None:
                 await env.handle_send_to_api(groups, item)
             if entry.state is Event.BEGAN:
-                await noted(self._refuse, entry, refusal or "atroposlib did not send it", of_item)
+                why = refusal or "atroposlib did not send it"
+                logger.warning("group %s of %s is kept and not sent: %s", name, entry.item, why)
+                await noted(self.outbox.note, entry, Event.REFUSED, why=why, groups=of_item)
             self._failed_in_a_row = 0
             return groups
         except asyncio.CancelledError:
             if entry.state is Event.BEGAN:  # otherwise it was finished, and its end was being written down
-                self.outbox.ended(entry, Event.FAILED, "the group was cancelled")
+                self.outbox.note(entry, Event.FAILED, why="the group was cancelled")
             raise
         except Exception as error:
             env.counts["groups failed"] += 1
@@ -184,7 +178,7 @@ class Serving:
             # The model's server may be down: the items should not run through meanwhile.
             self._not_before = time.monotonic() + min(LONGEST_PAUSE, 0.1 * 2**self._failed_in_a_row)
             logger.error("group %s of %s came to nothing: %s: %s", name, entry.item, type(error).__name__, error)
-            self.outbox.ended(entry, Event.FAILED, f"{type(error).__name__}: {error}")
+            self.outbox.note(entry, Event.FAILED, why=f"{type(error).__name__}: {error}")
             return None
         finally:
             env.running_items.pop(name, None)
@@ -202,10 +196,6 @@ class Serving:
             env.counts["groups too long"] += 1
             return f"a sequence has {longest} tokens, and the trainer takes fewer than {env.max_token_len}"
         return None
-
-    def _refuse(self, entry: Entry, why: str, groups: list[dict[str, Any]]) -> None:
-        logger.warning("group %s of %s is kept and not sent: %s", entry.id, entry.item, why)
-        self.outbox.ended(entry, Event.REFUSED, why, groups=groups)
 
     async def put(self, groups: list[dict[str, Any]]) -> None:
         """Into the outbox; messages only where the trainer is to have them."""

@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hermes_atropos.environment.evaluation import each
+from hermes_atropos.environment.evaluation import eval_items
 from hermes_atropos.errors import VerifierError
 from hermes_atropos.proxy import CommandAgent
 from hermes_atropos.react import AtroposAgent
@@ -46,23 +46,17 @@ async def validate(env: HermesEnv, *, times: int = 2) -> list[Verdict]:
     """A verdict for each of the items of an evaluation, in order; each policy is scored so many times."""
     await env.setup()
     places = asyncio.Semaphore(AT_ONCE)
-    items = []
-    async for item in each(env.eval_items()):
-        items.append(item)
-        if len(items) == env.config.eval_size:
-            break
 
     async def one(item: Any) -> Verdict:
         async with places:
             return await _verdict(env, item, times)
 
-    return list(await asyncio.gather(*map(one, items)))
+    return list(await asyncio.gather(*map(one, await eval_items(env))))
 
 
 async def _verdict(env: HermesEnv, item: Any, times: int) -> Verdict:
     faults = []
     scores: dict[str, list[float]] = {"oracle": [], "null": []}
-    solved = True
     for policy, found in scores.items():
         for _ in range(times):
             try:
@@ -71,7 +65,7 @@ async def _verdict(env: HermesEnv, item: Any, times: int) -> Verdict:
                 faults.append(f"{policy}: {error}")
                 break
             if score is None:
-                solved = False
+                faults.append("it has no solution: write solve()")
                 break
             found.append(score)
         if len(set(found)) > 1:
@@ -79,8 +73,6 @@ async def _verdict(env: HermesEnv, item: Any, times: int) -> Verdict:
     oracle, null = (found[0] if found else None for found in scores.values())
     if oracle is not None and null is not None and oracle <= null:
         faults.append(f"the oracle scored {oracle:g}, and doing nothing {null:g}")
-    if not solved:
-        faults.append("it has no solution: write solve()")
     return Verdict(repr(item)[:200], oracle, null, tuple(faults))
 
 
@@ -88,18 +80,18 @@ async def _score(env: HermesEnv, item: Any, *, solved: bool) -> float | None:
     """What the verifier says of a solution or of nothing; None where the author gives no solution."""
     async with env.task(item) as task:
         await env.prepare(item, task)
-        answer: str | None = ""
+        answer = ""
         if solved:
             try:
-                answer = await env.solve(item, task)
+                answer = await env.solve(item, task) or ""
             except NotImplementedError:
                 return None
         trajectory = AgentResult(
             success=True,
-            final_response=answer or "",
+            final_response=answer,
             messages=[
                 {"role": "user", "content": env.prompt(item)},
-                {"role": "assistant", "content": answer or ""},
+                {"role": "assistant", "content": answer},
             ],
         )
         reward = await env.reward_of(item, task, _as_returned(env, task, trajectory), trajectory)

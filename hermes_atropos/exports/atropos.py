@@ -6,6 +6,7 @@ the logprob with which it was sampled.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import logging
@@ -14,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hermes_atropos.errors import ConfigurationError, TokenFidelityError, UntrackedError
-from hermes_atropos.exports.listing import register
 from hermes_atropos.tokens import UNKNOWN, Span
 from hermes_atropos.tokens import Sequence as TokenSequence
 from hermes_atropos.values import is_number, plain
@@ -107,13 +107,7 @@ def sequence_node(sequence: SequenceData) -> SequenceNode:
     from atroposlib.envs.server_handling.managed_server import SequenceNode
 
     # Not validated: the lists are what they should be, and checking them takes longer than all else.
-    return SequenceNode.model_construct(
-        full_text=sequence.full_text,
-        tokens=list(sequence.tokens),
-        masked_tokens=list(sequence.masked_tokens),
-        logprobs=list(sequence.logprobs),
-        metadata=dict(sequence.metadata),
-    )
+    return SequenceNode.model_construct(**{name: copy.copy(value) for name, value in sequence.as_dict().items()})
 
 
 class ManagedState(Mapping[str, "list[SequenceNode]"]):
@@ -210,7 +204,6 @@ def _skew(sequence: SequenceData) -> str | None:
     return next((turn["skew"] for turn in sequence.metadata.get("turns", ()) if turn.get("skew")), None)
 
 
-@register("atropos")
 def scored_group(
     results: Sequence[AgentResult], scores: Sequence[float], *, include_discarded: bool = False
 ) -> dict[str, Any]:

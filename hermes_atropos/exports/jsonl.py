@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hermes_atropos.exports.atropos import scored_rollouts
-from hermes_atropos.exports.listing import register
 from hermes_atropos.exports.rows import row_of
 from hermes_atropos.values import plain
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["jsonl_rows", "write_jsonl"]
 
 
-@register("jsonl")
 def jsonl_rows(
     results: Sequence[AgentResult], scores: Sequence[float], *, include_discarded: bool = False
 ) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from hermes_atropos.exports.atropos import MASK, group_of, scored_rollouts
 if TYPE_CHECKING:
     from hermes_atropos.trajectory import AgentResult
 
-__all__ = ["Row", "one_each", "row_of", "rows_of", "with_one_reward"]
+__all__ = ["Row", "one_each", "row_of", "rows_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,31 +41,8 @@ def row_of(tokens: list[int], masks: list[int], logprobs: list[float]) -> Row:
     return Row(tokens[:start], tokens[start:], mask[start:], kept)
 
 
-def rows_of(group: Mapping[str, Any]) -> list[Row]:
-    """The sequences of an atroposlib ``ScoredDataGroup``, such as :func:`exports.atropos.scored_group` makes."""
-    return list(map(row_of, group["tokens"], group["masks"], group["inference_logprobs"]))
-
-
-def one_each(results: Sequence[AgentResult], scores: Sequence[float], trainer: str) -> dict[str, Any]:
-    """The rollouts as a ``ScoredDataGroup`` for a trainer that takes one sequence of each, with one reward.
-
-    Raises:
-        UntrackedError: a rollout has no token ids or must not be trained on, or none of them sampled anything.
-        ConfigurationError: a rollout has no sequence, or several, or a step has a reward of its own; a score is not
-            finite, or there is not one score for each rollout.
-    """
-    rollouts = scored_rollouts(results, scores)
-    for number, items in enumerate(rollouts):
-        if len(items) != 1:
-            raise ConfigurationError(
-                f"rollout {number} has {len(items)} sequences, and {trainer} takes one of each rollout: leave it out, "
-                "or switch off what rewrites its history (compression, subagents, a template that drops reasoning)"
-            )
-    return with_one_reward(group_of([item for [item] in rollouts], results[0].sampling), trainer)
-
-
-def with_one_reward(group: dict[str, Any], trainer: str) -> dict[str, Any]:
-    """The group, if nothing of it would be lost.
+def rows_of(group: Mapping[str, Any], trainer: str) -> list[Row]:
+    """The sequences of an atroposlib ``ScoredDataGroup``, such as :func:`exports.atropos.scored_group` makes.
 
     Raises:
         ConfigurationError: its tokens have advantages of their own, and the trainer takes one reward for each rollout.
@@ -75,4 +52,22 @@ def with_one_reward(group: dict[str, Any], trainer: str) -> dict[str, Any]:
             f"steps of these rollouts have rewards of their own, and {trainer} takes one reward for each rollout: add "
             "them to the score"
         )
-    return group
+    return list(map(row_of, group["tokens"], group["masks"], group["inference_logprobs"]))
+
+
+def one_each(results: Sequence[AgentResult], scores: Sequence[float], trainer: str) -> dict[str, Any]:
+    """The rollouts as a ``ScoredDataGroup`` for a trainer that takes one sequence of each.
+
+    Raises:
+        UntrackedError: a rollout has no token ids or must not be trained on, or none of them sampled anything.
+        ConfigurationError: a rollout has no sequence, or several; a score is not finite, or there is not one score for
+            each rollout.
+    """
+    rollouts = scored_rollouts(results, scores)
+    for number, items in enumerate(rollouts):
+        if len(items) != 1:
+            raise ConfigurationError(
+                f"rollout {number} has {len(items)} sequences, and {trainer} takes one of each rollout: leave it out, "
+                "or switch off what rewrites its history (compression, subagents, a template that drops reasoning)"
+            )
+    return group_of([item for [item] in rollouts], results[0].sampling)

@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hermes_atropos.errors import ConfigurationError
-from hermes_atropos.exports.listing import register
-from hermes_atropos.exports.rows import one_each, rows_of, with_one_reward
+from hermes_atropos.exports.rows import one_each, rows_of
 from hermes_atropos.runtime import run_on_portal
 
 if TYPE_CHECKING:
@@ -23,12 +22,11 @@ __all__ = ["rollout_columns", "rollout_func", "rollout_score", "rollouts"]
 Columns = dict[str, list[Any]]
 
 
-@register("trl")
 def rollouts(results: Sequence[AgentResult], scores: Sequence[float]) -> Columns:
     """Rollouts as a ``rollout_func`` returns them; see :func:`rollout_columns`.
 
     Raises:
-        UntrackedError, ConfigurationError: as :func:`hermes_atropos.exports.rows.one_each`.
+        UntrackedError, ConfigurationError: as ``one_each`` and ``rows_of`` of :mod:`hermes_atropos.exports.rows`.
     """
     return rollout_columns(one_each(results, scores, "TRL"))
 
@@ -40,8 +38,11 @@ def rollout_columns(group: Mapping[str, Any]) -> Columns:
         ``prompt_ids``, ``completion_ids``, ``logprobs`` (of the sampling; 0.0 where a token is not trained) and
         ``env_mask`` (1 where a token is trained, 0 for what tools and users said), each ``[n][len]``; and ``score``,
         ``[n]``, for the reward function :func:`rollout_score`.
+
+    Raises:
+        ConfigurationError: steps have rewards of their own.
     """
-    rows = rows_of(group)
+    rows = rows_of(group, "TRL")
     return {
         "prompt_ids": [row.prompt_ids for row in rows],
         "completion_ids": [row.completion_ids for row in rows],
@@ -95,7 +96,6 @@ def _check(group: Any, count: int, temperature: float) -> None:
             f"TRL wants {count} completions of a prompt, and was given {found}: each rollout must end with one "
             "sequence (for a HermesEnv: group_size=num_generations, extra_sequences='longest')"
         )
-    with_one_reward(dict(group), "TRL")
     sampled = {overrides.get("temperature", 1.0) for overrides in group["overrides"]}
     if sampled != {temperature}:
         raise ConfigurationError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hermes_atropos.exports.listing import register
 from hermes_atropos.exports.rows import one_each, rows_of
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["agent_loop_outputs"]
 
 
-@register("verl")
 def agent_loop_outputs(results: Sequence[AgentResult], scores: Sequence[float]) -> list[dict[str, Any]]:
     """The arguments of one ``AgentLoopOutput`` for each rollout.
 
@@ -27,7 +25,7 @@ def agent_loop_outputs(results: Sequence[AgentResult], scores: Sequence[float]) 
         prompt), ``metrics`` and ``extra_fields`` (``stop_reason``).
 
     Raises:
-        UntrackedError, ConfigurationError: as :func:`hermes_atropos.exports.rows.one_each`.
+        UntrackedError, ConfigurationError: as ``one_each`` and ``rows_of`` of :mod:`hermes_atropos.exports.rows`.
     """
     group = one_each(results, scores, "verl")
     return [
@@ -41,5 +39,5 @@ def agent_loop_outputs(results: Sequence[AgentResult], scores: Sequence[float]) 
             "metrics": {},
             "extra_fields": {"stop_reason": str(result.stop_reason)},
         }
-        for row, result, score in zip(rows_of(group), results, group["scores"], strict=True)
+        for row, result, score in zip(rows_of(group, "verl"), results, group["scores"], strict=True)
     ]

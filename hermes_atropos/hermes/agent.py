@@ -32,7 +32,7 @@ from hermes_atropos.hermes.books import Books, books_of
 from hermes_atropos.hermes.context import ContextLength
 from hermes_atropos.hermes.hooks import HERMES_PARAMETERS, HERMES_ROUTES, Hooks
 from hermes_atropos.hermes.requests import add_configured, connect, route_to, serving, warn_of_unused, without
-from hermes_atropos.hermes.result import conversation_of, finished, history_of, stop_reason, without_system
+from hermes_atropos.hermes.result import conversation_of, finished, history_of, stop_reason
 from hermes_atropos.hermes.rollout import Rollout, interrupting_first
 from hermes_atropos.hermes.terminal import HermesSandbox
 from hermes_atropos.hermes.tools import check_toolsets
@@ -140,28 +140,21 @@ class AtroposAIAgent(Hooks):
         self._route = route_to(self._where, self._backend)
         warn_of_unused({**routes, **options}, tracked=self._backend.tracks_tokens)
         options["model"] = options.get("model") or model_name(self._served.server)
-        self._setup(options, sampling, max_tool_call_retries, context_length)
+        self._sampling, self._max_tool_call_retries = sampling, max_tool_call_retries
+        self._construct(options, context_length)
         if self._backend.tracks_tokens:
             add_configured(self, self._where)
 
-    def _setup(
-        self,
-        options: dict[str, Any],
-        sampling: Mapping[str, Any],
-        max_tool_call_retries: int,
-        context_length: int | None,
-    ) -> None:
+    def _construct(self, options: Mapping[str, Any], context_length: int | None) -> None:
         self._options = options
         self._busy = threading.Lock()
         self._running: set[AtroposAIAgent] = set()
-        self._construct(options, sampling, max_tool_call_retries, context_length)
+        super()._construct(options, context_length)
 
     def _copy(self) -> AtroposAIAgent:
         """An agent of the same configuration, for a conversation of its own."""
         twin = object.__new__(type(self))
-        twin._backend, twin._route = self._backend, self._route
-        options = {**self._options, "session_id": None} if "session_id" in self._options else dict(self._options)
-        twin._setup(options, self._sampling, self._max_tool_call_retries, self._context.given)
+        twin._construct_as(self, {**self._options, "session_id": None})
         for name in (HERMES_PARAMETERS.keys() | HERMES_OUTPUT) - HERMES_ROUTES - {"session_id", "iteration_budget"}:
             if name in vars(self):  # it may have been set since
                 setattr(twin, name, getattr(self, name))
@@ -271,10 +264,7 @@ class AtroposAIAgent(Hooks):
             SandboxError: a task of this name is open.
         """
         tools = [tool["function"]["name"] for tool in self.tools or []]
-
-        def opened() -> HermesSandbox:
-            return open_sandbox(task_id, workspace, copy=copy, tools=tools, sandbox=sandbox, **wall)
-
+        opened = functools.partial(open_sandbox, task_id, workspace, copy=copy, tools=tools, sandbox=sandbox, **wall)
         return harness.OpenedTask(self._task(opened, keep_processes))
 
     @contextlib.asynccontextmanager
@@ -369,7 +359,7 @@ class AtroposAIAgent(Hooks):
         messages = conversation_of(result, rollout, reason)
         if self.save_trajectories and not self._saved:
             completed = reason is StopReason.COMPLETED
-            super(Hooks, self)._save_trajectory(without_system(messages), str(request[0]), completed)
+            super(Hooks, self)._save_trajectory(messages, str(request[0]), completed)
         return finished(
             result,
             rollout,
@@ -469,11 +459,7 @@ class Task(harness.Task):
     async def run(
         self, user_message: Any, system_message: str | None = None, *, conversation_history: Any = None, **options: Any
     ) -> dict[str, Any]:
-        """Run the agent on ``user_message``; see :meth:`AtroposAIAgent.run_conversation`.
-
-        Several runs of one task are one rollout. Pass ``conversation_history=result["messages"]`` to go on where the
-        last run ended: its tokens go on too.
-        """
+        """See :meth:`harness.Task.run`; options and result are those of :meth:`AtroposAIAgent.run_conversation`."""
         request = (user_message, system_message, history_of(conversation_history), self.task_id)
         async with self._turns:  # runs of one task are one after the other, as its tokens are
             return await self._agent._run_async(self._rollout, request, options)

@@ -7,8 +7,8 @@ whose tool calls were faulty. What it has left out is added here, whichever rele
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from openai.types import CompletionUsage
@@ -21,99 +21,64 @@ if TYPE_CHECKING:
 
 __all__ = ["Books", "books_of", "usage_of"]
 
-
-#: Hermes' result says of them what its ``session_`` counters say.
-RESULT_KEYS = (
-    *("cache_read_tokens", "completion_tokens", "input_tokens", "output_tokens", "prompt_tokens", "reasoning_tokens"),
-    "total_tokens",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Tokens and calls, as Hermes' ``session_*`` counters have them: ``input`` leaves out what was ``cached``."""
-
-    input: int = 0
-    output: int = 0
-    cached: int = 0
-    reasoning: int = 0
-    calls: int = 0
-
-    @classmethod
-    def of(cls, turns: Iterable[ModelTurn]) -> Counts:
-        """What answers took; none where the server told nothing."""
-        known = [turn for turn in turns if turn.prompt_tokens or turn.completion_tokens]
-        return cls(
-            input=sum(turn.prompt_tokens - turn.cached_tokens for turn in known),
-            output=sum(turn.completion_tokens for turn in known),
-            cached=sum(turn.cached_tokens for turn in known),
-            reasoning=sum(turn.reasoning_tokens for turn in known),
-            calls=len(known),
-        )
-
-    @classmethod
-    def in_books_of(cls, agent: Hooks) -> Counts:
-        """What the agent's counters say."""
-        return cls(
-            agent.session_input_tokens,
-            agent.session_output_tokens,
-            agent.session_cache_read_tokens,
-            agent.session_reasoning_tokens,
-            agent.session_api_calls,
-        )
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
-
-    def beyond(self, other: Counts) -> Counts:
-        """How much more than the other it is, and 0 where it is less."""
-        return Counts(*(max(0, one - two) for one, two in zip(astuple(self), astuple(other), strict=True)))
+#: The kinds of tokens that Hermes counts, each in ``session_…`` of its agent: of the input, what was not cached.
+TOKENS = ("input_tokens", "output_tokens", "cache_read_tokens", "reasoning_tokens")
 
 
 class Books:
     """What an agent's server answers during a run, beside what Hermes counts of it."""
 
     def __init__(self, agent: Hooks) -> None:
-        self._settled = Counts.in_books_of(agent)
+        self._settled = counted_by(agent)
 
     def settle(self, agent: Hooks, answers: list[ModelTurn]) -> None:
         """Count those answers since the last settlement that Hermes has not; call it when it has had the time to."""
-        missing = (self._settled + Counts.of(answers)).beyond(Counts.in_books_of(agent))
+        missing = self._settled + taken_by(answers) - counted_by(agent)  # no less than 0 of each
         answers.clear()
-        if missing != Counts():
+        if missing:
             _enter(agent, missing)
-        self._settled = Counts.in_books_of(agent)
+        self._settled = counted_by(agent)
 
 
-def _enter(agent: Hooks, counts: Counts) -> None:
+def counted_by(agent: Hooks) -> Counter[str]:
+    """What the agent's counters say."""
+    return Counter({name: getattr(agent, f"session_{name}") for name in (*TOKENS, "api_calls")})
+
+
+def taken_by(turns: Iterable[ModelTurn]) -> Counter[str]:
+    """What answers took, by the same names; none where the server told nothing."""
+    known = [turn for turn in turns if turn.prompt_tokens or turn.completion_tokens]
+    return Counter(
+        input_tokens=sum(turn.prompt_tokens - turn.cached_tokens for turn in known),
+        output_tokens=sum(turn.completion_tokens for turn in known),
+        cache_read_tokens=sum(turn.cached_tokens for turn in known),
+        reasoning_tokens=sum(turn.reasoning_tokens for turn in known),
+        api_calls=len(known),
+    )
+
+
+def _enter(agent: Hooks, missing: Counter[str]) -> None:
     """Add to the counters and to the session database what Hermes' loop adds for an answer."""
-    prompt = counts.input + counts.cached
-    agent.session_prompt_tokens += prompt
-    agent.session_completion_tokens += counts.output
-    agent.session_total_tokens += prompt + counts.output
-    agent.session_input_tokens += counts.input
-    agent.session_output_tokens += counts.output
-    agent.session_cache_read_tokens += counts.cached
-    agent.session_reasoning_tokens += counts.reasoning
-    agent.session_api_calls += counts.calls
+    prompt, completion = missing["input_tokens"] + missing["cache_read_tokens"], missing["output_tokens"]
+    sums = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    for name, count in {**missing, **sums}.items():
+        setattr(agent, f"session_{name}", getattr(agent, f"session_{name}") + count)
     database = agent._session_db
     if database and agent.session_id:
         database.update_token_counts(
             agent.session_id,
-            input_tokens=counts.input,
-            output_tokens=counts.output,
-            cache_read_tokens=counts.cached,
-            reasoning_tokens=counts.reasoning,
+            **{name: missing[name] for name in TOKENS},
             billing_provider=agent.provider,
             billing_base_url=agent.base_url,
             model=agent.model,
-            api_call_count=counts.calls,
+            api_call_count=missing["api_calls"],
         )
 
 
 def books_of(agent: Hooks) -> dict[str, int]:
     """What the agent's books say, by the key in Hermes' result."""
-    return {key: getattr(agent, f"session_{key}") for key in RESULT_KEYS}
+    keys = (*TOKENS, "prompt_tokens", "completion_tokens", "total_tokens")
+    return {key: getattr(agent, f"session_{key}") for key in keys}
 
 
 def usage_of(turn: ModelTurn) -> CompletionUsage | None:

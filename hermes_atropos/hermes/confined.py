@@ -17,10 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hermes_atropos.errors import ConfigurationError, SandboxError
 from hermes_atropos.runtime import turnstile
+
+if TYPE_CHECKING:
+    from hermes_atropos.hermes.environments import WalledEnvironment
 
 __all__ = ["CONFINED", "INSIDE", "behind", "check_tools", "confine", "let_go"]
 
@@ -29,17 +32,8 @@ __all__ = ["CONFINED", "INSIDE", "behind", "check_tools", "confine", "let_go"]
 INSIDE = frozenset(
     {
         *("clarify", "delegate_task", "execute_code", "patch", "process", "process_manage", "read_file"),
-        *(
-            "search_files",
-            "terminal",
-            "todo",
-            "todo_list",
-            "tool_call",
-            "tool_describe",
-            "tool_search",
-            "vision_analyze",
-        ),
-        "write_file",
+        *("search_files", "terminal", "todo", "todo_list", "tool_call", "tool_describe", "tool_search"),
+        *("vision_analyze", "write_file"),
     }
 )
 
@@ -66,31 +60,16 @@ OUTSIDE = {
 LIKE_A_CONTAINER = "singularity"
 
 
-class Confined(Protocol):
-    """A terminal environment behind a wall.
-
-    Attributes:
-        outside: the tools that may act outside, because the task asked for them by name.
-        network: whether the wall lets the network through.
-    """
-
-    outside: Collection[str]
-    network: bool
-
-    def lock(self, path: str) -> threading.Lock:
-        """Held by who reads, changes and writes that file of the task."""
-
-
-_environments: dict[str, Confined] = {}
+_environments: dict[str, WalledEnvironment] = {}
 #: The tasks that are over, and when they ended. For a call that comes too late Hermes would open an environment on this
 #: machine. None comes this many seconds later.
 _over: dict[str, float] = {}
 TOO_LATE = 3600.0
 _lock = threading.Lock()
-_current: ContextVar[Confined | None] = ContextVar("hermes_atropos_wall", default=None)
+_current: ContextVar[WalledEnvironment | None] = ContextVar("hermes_atropos_wall", default=None)
 
 
-def confine(task_id: str, environment: Confined) -> None:
+def confine(task_id: str, environment: WalledEnvironment) -> None:
     """From now on, what Hermes does for a task it does behind the wall."""
     _environments[task_id] = environment
 
@@ -106,7 +85,7 @@ def let_go(task_id: str) -> None:
 
 
 @contextlib.contextmanager
-def behind(environment: Confined) -> Iterator[None]:
+def behind(environment: WalledEnvironment) -> Iterator[None]:
     """For the length of the block, what Hermes does in this context it does behind the wall."""
     token = _current.set(environment)
     try:
@@ -137,7 +116,7 @@ def reach(name: str) -> str:
     return next((what for start, what in OUTSIDE.items() if name.startswith(start)), "unknown to this library")
 
 
-def of_task(task_id: str | None) -> Confined | None:
+def of_task(task_id: str | None) -> WalledEnvironment | None:
     """The environment of the task whose tool is called; None for one without a wall.
 
     Raises:
@@ -179,19 +158,10 @@ def _spawn_local(original: Callable[..., Any], *args: Any, **options: Any) -> An
     return original(*args, **options)
 
 
-def _is_extractable_document(original: Callable[..., bool], *args: Any, **options: Any) -> bool:
-    """Hermes opens documents (.docx, .ipynb, …) on this machine; behind a wall they are files like others."""
-    return _current.get() is None and original(*args, **options)
-
-
 async def _resolve_image_source(original: Callable[..., Any], source: str, context: Any, **options: Any) -> Any:
     environment = of_task(context.task_id)
     with contextlib.nullcontext() if environment is None else behind(environment):
         return await original(source, context, **options)
-
-
-def _is_local_terminal_backend(original: Callable[..., bool], *args: Any, **options: Any) -> bool:
-    return _current.get() is None and original(*args, **options)
 
 
 def _http_block_reason(original: Callable[..., str | None], *args: Any, **options: Any) -> str | None:
@@ -223,6 +193,11 @@ def _not_behind_it(original: Callable[..., Any], *args: Any, **options: Any) -> 
     return original(*args, **options) if _current.get() is None else None
 
 
+def _false_behind_it(original: Callable[..., bool], *args: Any, **options: Any) -> bool:
+    """Hermes opens documents (.docx, …) and images of this machine; behind a wall they are files like others."""
+    return _current.get() is None and original(*args, **options)
+
+
 #: What is put in place of Hermes' functions: (module, name) → what is called, with the original.
 CONFINED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("tools.registry", "ToolRegistry.dispatch"): _dispatch,
@@ -230,9 +205,9 @@ CONFINED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("tools.terminal_tool", "_create_environment"): _create_environment,
     ("tools.terminal_tool_backends", "_create_environment"): _create_environment,
     ("tools.process_registry", "ProcessRegistry.spawn_local"): _spawn_local,
-    ("tools.read_extract", "is_extractable_document"): _is_extractable_document,
+    ("tools.read_extract", "is_extractable_document"): _false_behind_it,
     ("tools.image_source", "resolve_image_source"): _resolve_image_source,
-    ("tools.image_source", "_is_local_terminal_backend"): _is_local_terminal_backend,
+    ("tools.image_source", "_is_local_terminal_backend"): _false_behind_it,
     ("tools.image_source", "_http_block_reason"): _http_block_reason,
     ("tools.file_state", "lock_path"): _lock_path,
     # Which files were read or written, instructions in the folders that a call names, and the project that one is in.

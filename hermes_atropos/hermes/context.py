@@ -69,11 +69,10 @@ class ContextLength:
             compressor.threshold_tokens = threshold
 
     def _tokens(self) -> int:
-        if self.given or self._configured:
-            return self.given or self._configured or 0
-        if self._told.done() or not _on_a_loop():
-            return self._told.result() or DEFAULT_FALLBACK_CONTEXT
-        return DEFAULT_FALLBACK_CONTEXT
+        known = self.given or self._configured
+        if not known and (self._told.done() or not _on_a_loop()):
+            known = self._told.result()
+        return known or DEFAULT_FALLBACK_CONTEXT
 
 
 def _on_a_loop() -> bool:

@@ -29,8 +29,8 @@ from tools.interrupt import is_interrupted
 from hermes_atropos.hermes import seams
 from hermes_atropos.hermes.profile import provider_credentials
 from hermes_atropos.hermes.releases import release
+from hermes_atropos.logs import keys_in
 from hermes_atropos.runtime import turnstile
-from hermes_atropos.sandbox.environ import keys_in
 from hermes_atropos.sandbox.files import remove_folder
 from hermes_atropos.sandbox.folder import FolderLauncher, Folders
 from hermes_atropos.sandbox.processes import MARKER
@@ -50,6 +50,9 @@ class InShells(BaseEnvironment):
 
     _shells: Shells
     _snapshot_ready: bool
+
+    def cleanup(self) -> None:
+        """Does nothing: Hermes calls this after each run, before the verifier has seen the task."""
 
     def close(self) -> None:
         """Let go of the shells; the sandbox's processes must have ended."""
@@ -139,16 +142,12 @@ class Kept:
         self._held += len(self._pieces[-1])
         if self._limit is None:
             self.too_much = self._held > OUTPUT
-        elif self._held > 4 * self._limit:
-            self._shorten(self._limit)
+        elif self._held > 4 * self._limit:  # then the first and the last of that many are enough
+            text = "".join(self._pieces)
+            self._pieces = [text[: self._limit], text[-self._limit :]]
+            self._omitted += len(text) - 2 * self._limit
+            self._held = 2 * self._limit
         return not self.too_much
-
-    def _shorten(self, limit: int) -> None:
-        """Drop what lies between the first and the last ``limit`` characters."""
-        text = "".join(self._pieces)
-        self._pieces = [text[:limit], text[-limit:]]
-        self._omitted += len(text) - 2 * limit
-        self._held = 2 * limit
 
     def text(self, suffix: str = "") -> str:
         self._pieces.append(self._decoder.decode(b"", final=True))
@@ -238,9 +237,6 @@ class TaskEnvironment(InShells, LocalEnvironment):
             self._snapshot_ready = True
             return _users_logins[state]
 
-    def cleanup(self) -> None:
-        """Does nothing: Hermes calls this after each run, before the verifier has seen the task."""
-
     def close(self) -> None:
         """Remove the environment's own files; its processes must have ended."""
         LocalEnvironment.cleanup(self)
@@ -315,6 +311,10 @@ class WalledEnvironment(InShells):
     Args:
         wall: where its commands run.
         options: what the wall lets through.
+
+    Attributes:
+        outside: the tools that may act outside, because the task asked for them by name.
+        network: whether the wall lets the network through.
     """
 
     def __init__(self, wall: Wall, options: WallOptions) -> None:
@@ -347,6 +347,3 @@ class WalledEnvironment(InShells):
         if result["returncode"] == 126 and "cwd" not in result:  # the folder of the last command may be gone
             self.cwd = WORKSPACE
         return result
-
-    def cleanup(self) -> None:
-        """Does nothing: Hermes calls this after each run, before the verifier has seen the task."""

@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openai.types.chat import ChatCompletion
+
 from hermes_atropos.backends import Backend
 from hermes_atropos.backends.context import ask_context_length
 from hermes_atropos.backends.resolve import resolve
+from hermes_atropos.conversation import stop_reason_of
 from hermes_atropos.errors import HermesAtroposError
 from hermes_atropos.hermes import seams
 from hermes_atropos.hermes.acting import acting_agent
 from hermes_atropos.hermes.agent import AtroposAIAgent, model_name
-from hermes_atropos.hermes.auxiliary import answered_by
 from hermes_atropos.hermes.hooks import HERMES_PARAMETERS, HERMES_ROUTES
 from hermes_atropos.hermes.requests import IN_PROCESS, serving
+from hermes_atropos.hermes.result import to_completion
 from hermes_atropos.hermes.rollout import Rollout
 from hermes_atropos.hermes.terminal import HermesSandbox
+from hermes_atropos.messages import text_of
+from hermes_atropos.runtime import run_in_rollout_thread
 from hermes_atropos.trajectory import AgentResult, Recording, StopReason
 
 __all__ = ["exchanged"]
@@ -164,6 +169,71 @@ def switching_among(models: Models, context_length: int | None) -> Iterator[None
         yield
 
 
+@contextlib.contextmanager
+def answered_by(backend: Backend, model: str, record: Callable[[AgentResult], object]) -> Iterator[None]:
+    """For the length of the block, what Hermes asks beside a conversation is a rollout of its own on ``backend``.
+
+    That is a title, say, or an approval. Hermes sends these calls to the provider that the user's configuration names
+    for them, which stays so; else to the main one, which is ours and has no address. One that shows an image to a
+    backend that sees none goes where Hermes finds a model that does.
+
+    Args:
+        record: gets what each leaves.
+    """
+    from agent import auxiliary_client
+
+    theirs, theirs_async = auxiliary_client.call_llm, auxiliary_client.async_call_llm
+
+    def ours(task: str | None, request: Mapping[str, Any]) -> bool:
+        chosen = (request.get(name) for name in ("provider", "model", "base_url", "api_key"))
+        provider = auxiliary_client._resolve_task_provider_model(task, *chosen)[0]
+        seen = not backend.tracks_tokens or all(text_of(m.get("content")) is not None for m in request["messages"])
+        return provider in (None, "", "auto") and seen and not request.get("stream")
+
+    def call(task: str | None = None, **request: Any) -> Any:
+        return _answer(backend, model, record, task, request) if ours(task, request) else theirs(task, **request)
+
+    async def call_async(task: str | None = None, **request: Any) -> Any:
+        if not ours(task, request):
+            return await theirs_async(task, **request)
+        return await run_in_rollout_thread(lambda: _answer(backend, model, record, task, request))
+
+    with (
+        seams.in_place_of("agent.auxiliary_client", "call_llm", call),
+        seams.in_place_of("agent.auxiliary_client", "async_call_llm", call_async),
+    ):
+        yield
+
+
+def _answer(
+    backend: Backend,
+    model: str,
+    record: Callable[[AgentResult], object],
+    task: str | None,
+    request: Mapping[str, Any],
+) -> ChatCompletion:
+    from agent.auxiliary_client import _validate_llm_response
+
+    rollout, reason = Rollout.on(backend, None, max_tool_call_retries=0), StopReason.COMPLETED
+    tools = request.get("tools") or None
+    sampling = {name: request[name] for name in ("temperature", "max_tokens") if request.get(name) is not None}
+    try:
+        turn = rollout.ask(request["messages"], tools, sampling, interrupted=lambda: False, compresses=False)
+        completion = to_completion(turn, model)
+        _validate_llm_response(completion, task)  # from 0.19 on, Hermes counts here what a call took
+        return completion
+    except BaseException as error:
+        reason = stop_reason_of(rollout.failure or error)
+        raise
+    finally:
+        messages = rollout.conversation.messages
+        last = messages[-1] if messages and reason is StopReason.COMPLETED else {}
+        failure = None if rollout.failure is None else str(rollout.failure)
+        result = rollout.left(reason, tools, final_response=last.get("content") or "", error=failure)
+        result.metadata["auxiliary"] = task
+        record(result)
+
+
 @dataclass(eq=False)
 class Exchange:
     """What the agents of one exchange share.
@@ -205,16 +275,12 @@ class Session:
     rollout: Rollout
     recording: Recording | None
 
-    def record(self, result: AgentResult) -> None:
-        if self.recording is not None:
-            self.recording.write(result)
-
 
 class Exchanged(AtroposAIAgent):
     """``AtroposAIAgent`` as Hermes' programs make it: on the server of the exchange, with its sessions recorded."""
 
     _exchange: Exchange
-    _session: Session | None = None
+    _session: Session
 
     def __init__(self, *args: Any, **options: Any) -> None:
         options.update(zip(list(HERMES_PARAMETERS)[1:], args, strict=False))
@@ -246,23 +312,16 @@ class Exchanged(AtroposAIAgent):
         return session.rollout
 
     def _run(self, rollout: Rollout, request: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-        assert self._session is not None
         try:
             return super()._run(rollout, request, options)
         finally:
-            if self.last_result is not None:
-                self._session.record(self.last_result["trajectory"])
+            if self._session.recording is not None and self.last_result is not None:
+                self._session.recording.write(self.last_result["trajectory"])
             self._exchange.put_back(self.session_id, self._session)
 
     def _record_so_far(self) -> None:
         """Record what a kill must not lose."""
-        assert self._session is not None
-        conversation = self._session.rollout.conversation
-        result = conversation.result(
-            conversation.messages,
-            StopReason.INTERRUPTED,
-            tools=list(self.tools or []),
-            sampling=self._session.rollout.sampling,
-            error="the program ended while this rollout was under way",
-        )
-        self._session.record(result)
+        assert self._session.recording is not None
+        error = "the program ended while this rollout was under way"
+        left = self._session.rollout.left(StopReason.INTERRUPTED, self.tools, error=error)
+        self._session.recording.write(left)

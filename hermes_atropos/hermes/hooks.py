@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 from openai.types.chat import ChatCompletion
 from run_agent import AIAgent
@@ -20,14 +20,14 @@ from tools.environments.base import set_activity_callback
 from hermes_atropos.backends import Backend, ModelTurn
 from hermes_atropos.conversation import assistant_message as stored_message
 from hermes_atropos.conversation import stop_reason_of
-from hermes_atropos.errors import HermesAtroposError, NoServerError
+from hermes_atropos.errors import NoServerError
 from hermes_atropos.hermes import profile, seams
 from hermes_atropos.hermes.acting import acting_beside, acting_for
 from hermes_atropos.hermes.books import Books
 from hermes_atropos.hermes.context import ContextLength
 from hermes_atropos.hermes.releases import release
 from hermes_atropos.hermes.requests import IN_PROCESS, UNUSED, asked
-from hermes_atropos.hermes.result import spoken_and_results, to_completion, with_results
+from hermes_atropos.hermes.result import to_completion, with_results
 from hermes_atropos.hermes.rollout import Rollout
 from hermes_atropos.hermes.terminal import HermesSandbox
 from hermes_atropos.listening import Delta, hearing, text_listener
@@ -36,8 +36,6 @@ from hermes_atropos.runtime import turnstile
 from hermes_atropos.trajectory import AgentResult, StopReason
 
 __all__ = ["HERMES_PARAMETERS", "HERMES_ROUTES", "Hooks", "Subagent"]
-
-T = TypeVar("T")
 
 HERMES_PARAMETERS = inspect.signature(AIAgent.__init__).parameters
 
@@ -68,19 +66,11 @@ class Hooks(AIAgent):
     _max_tool_call_retries = 3
     _saved = False
 
-    def _construct(
-        self,
-        options: Mapping[str, Any],
-        sampling: Mapping[str, Any],
-        max_tool_call_retries: int,
-        context_length: int | None,
-    ) -> None:
-        """Hermes' constructor, and what it cannot be told by arguments."""
+    def _construct(self, options: Mapping[str, Any], context_length: int | None) -> None:
+        """Hermes' constructor, and what it cannot be told by arguments. The attributes above are set by now."""
         profile.freeze_heap()
         self._context = ContextLength(self._served, context_length)
-        self._sampling = sampling
-        self._max_tool_call_retries = max_tool_call_retries
-        given = {"max_iterations": 90, "max_tokens": sampling.get("max_tokens"), **options, **self._route}
+        given = {"max_iterations": 90, "max_tokens": self._sampling.get("max_tokens"), **options, **self._route}
         if HERMES_PARAMETERS["tool_delay"].default is not None:  # from 0.20 it is not used, and giving it warns
             given.setdefault("tool_delay", 0.0)
         with acting_for(self):
@@ -90,21 +80,24 @@ class Hooks(AIAgent):
         self._active_children = seams.OurChildren(self, Hooks)
         self._compression_feasibility_checked = True  # see _check_compression_model_feasibility
 
+    def _construct_as(self, other: Hooks, options: Mapping[str, Any]) -> None:
+        """:meth:`_construct`, on the server of another agent and with what that was given."""
+        self._backend, self._route = other._served, other._route
+        self._sampling, self._max_tool_call_retries = other._sampling, other._max_tool_call_retries
+        self._construct(options, other._context.given)
+
     @property
     def _served(self) -> Backend:
         if self._backend is None:
             raise NoServerError("this agent was made without its constructor: it has no server to ask")
         return self._backend
 
-    def _length_of_context(self, configured: int | None) -> int:
-        """How long Hermes is to take the context for, which its configuration may have a word on."""
-        return self._context.for_hermes(configured)
-
     # Asking the model
 
     def _create_openai_client(self, client_kwargs: dict[str, Any], *, reason: str, shared: bool, **options: Any) -> Any:
         """A stand-in for the OpenAI client, which the summary at the iteration limit calls directly."""
-        completions = SimpleNamespace(create=weak_method(self._complete))
+        agent = weakref.proxy(self)  # it holds its client
+        completions = SimpleNamespace(create=lambda **request: agent._complete(**request))
         return SimpleNamespace(chat=SimpleNamespace(completions=completions), is_closed=False, close=lambda: None)
 
     def _complete(self, **request: Any) -> Any:
@@ -167,15 +160,12 @@ class Hooks(AIAgent):
         rollout = Rollout.on(self._served, None, max_tool_call_retries=self._max_tool_call_retries)
         books, reason = Books(self), StopReason.COMPLETED
         try:
-            return rollout.answer(messages, tools, sampling, interrupted=self._is_interrupted)
+            return rollout.request(messages, tools, sampling, interrupted=self._is_interrupted).result()
         except BaseException as error:
             reason = stop_reason_of(error)
             raise
         finally:
-            conversation = rollout.conversation
-            self.last_auxiliary = conversation.result(
-                conversation.messages, reason, tools=list(tools or []), sampling=sampling
-            )
+            self.last_auxiliary = rollout.left(reason, tools)
             books.settle(self, rollout.uncounted)
 
     def _is_interrupted(self) -> bool:
@@ -190,7 +180,8 @@ class Hooks(AIAgent):
         if self._rollout is None:
             turn = self._ask_alone(messages, None, dict(self._sampling))
         else:
-            turn = self._rollout.aside().answer(messages, None, self._sampling, interrupted=self._is_interrupted)
+            aside = self._rollout.aside()
+            turn = aside.request(messages, None, self._sampling, interrupted=self._is_interrupted).result()
         return to_completion(turn, self.model)
 
     def _check_compression_model_feasibility(self, *args: Any, **options: Any) -> None:
@@ -268,8 +259,8 @@ class Hooks(AIAgent):
         self, messages: list[dict[str, Any]], user_query: str, completed: bool
     ) -> list[dict[str, Any]]:
         """Hermes' format. It pairs results with calls by their places, and loses those that answer an invalid call."""
-        spoken, results = spoken_and_results(messages)
-        return with_results(super()._convert_to_trajectory_format(spoken, user_query, completed), spoken, results)
+        convert = super()._convert_to_trajectory_format
+        return with_results(messages, lambda spoken: convert(spoken, user_query, completed))
 
     # Running tools
 
@@ -327,11 +318,6 @@ class Hooks(AIAgent):
             self._cancel_requests()
         return accepted
 
-    def _end_rollout(self, error: HermesAtroposError) -> None:
-        """Let no further model call be made in the rollout under way."""
-        if self._rollout is not None:
-            self._rollout.broken = error
-
     def _cancel_requests(self) -> None:
         if self._rollout is not None:
             self._rollout.cancel_requests()
@@ -345,13 +331,13 @@ class Subagent(Hooks):
 
     def __init__(self, parent: Hooks, *args: Any, **options: Any) -> None:
         options.update(zip(list(HERMES_PARAMETERS)[1:], args, strict=False))
-        self._backend, self._route, self._parent = parent._served, parent._route, parent
+        self._parent = parent
         rollout = None if acting_beside() else parent._rollout
         self._alone = rollout is None
         own = {name: value for name, value in options.items() if name not in HERMES_ROUTES}
-        self._construct(own, parent._sampling, parent._max_tool_call_retries, parent._context.given)
+        self._construct_as(parent, own)
         if rollout is None:
-            self._rollout = Rollout.on(self._backend, None, max_tool_call_retries=self._max_tool_call_retries)
+            self._rollout = Rollout.on(self._served, None, max_tool_call_retries=self._max_tool_call_retries)
         else:
             self._rollout = rollout.for_subagent()
 
@@ -363,31 +349,12 @@ class Subagent(Hooks):
         self._books = Books(self)
         try:
             with acting_for(self), turnstile.inside():
-                result: dict[str, Any] = super().run_conversation(*args, **options)
-            return result
+                return super().run_conversation(*args, **options)
         finally:
             self._settle()
             if self._alone:
-                self._parent.last_auxiliary = self._left()
+                assert self._rollout is not None
+                failure = self._rollout.failure
+                reason = StopReason.COMPLETED if failure is None else stop_reason_of(failure)
+                self._parent.last_auxiliary = self._rollout.left(reason, self.tools)
             set_activity_callback(None)
-
-    def _left(self) -> AgentResult:
-        """What a rollout of its own leaves."""
-        assert self._rollout is not None
-        conversation, failure = self._rollout.conversation, self._rollout.failure
-        reason = StopReason.COMPLETED if failure is None else stop_reason_of(failure)
-        return conversation.result(
-            conversation.messages, reason, tools=list(self.tools or []), sampling=self._rollout.sampling
-        )
-
-
-def weak_method(method: Callable[..., T]) -> Callable[..., T]:
-    """Call ``method`` without keeping its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any, **options: Any) -> T:
-        target = reference()
-        assert target is not None
-        return target(*args, **options)
-
-    return call

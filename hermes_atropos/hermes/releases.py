@@ -6,6 +6,7 @@ The newest release is the base, and each class is what an older one lacks.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,10 +30,9 @@ class Release:
         """The tools of these toolsets that can run here, none of them deferred behind Hermes' tool search."""
         import model_tools
 
-        found: list[dict[str, Any]] = model_tools.get_tool_definitions(
+        return model_tools.get_tool_definitions(
             list(enabled), list(disabled) or None, quiet_mode=True, **self._undeferred
         )
-        return found
 
     _undeferred: Mapping[str, Any] = {"skip_tool_search_assembly": True}
 
@@ -42,8 +42,7 @@ class Release:
 
         accepted = inspect.signature(delegate_tool.delegate_task).parameters
         chosen = {name: value for name, value in arguments.items() if name in accepted}
-        answer: str = delegate_tool.delegate_task(**chosen | self._foreground(chosen), parent_agent=parent)
-        return answer
+        return delegate_tool.delegate_task(**chosen | self._foreground(chosen), parent_agent=parent)
 
     def _foreground(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         from tools.delegate_tool import _strip_model_hidden_task_fields
@@ -63,10 +62,7 @@ class Release:
 
     def rewrite_background(self, command: str) -> str:
         """A command whose ``A && B &`` does not hold the terminal; see Hermes' function."""
-        from tools.terminal_tool_sudo import _rewrite_compound_background
-
-        rewritten: str = _rewrite_compound_background(command)
-        return rewritten
+        return importlib.import_module(self._sudo)._rewrite_compound_background(command)
 
     def shown_characters(self) -> int:
         """How much the terminal tool shows of a command's output."""
@@ -78,8 +74,7 @@ class Release:
         """What the user's configuration adds to the requests of an endpoint (``custom_providers``)."""
         from agent.agent_init import _custom_provider_extra_body_for_agent
 
-        found: Mapping[str, Any] | None = _custom_provider_extra_body_for_agent(**endpoint)
-        return found
+        return _custom_provider_extra_body_for_agent(**endpoint)
 
     #: Whether a tool that runs alone does so on the thread of the loop; from 0.20 that thread waits for another.
     tools_run_here = False
@@ -89,9 +84,10 @@ class Release:
 
     def lifecycle(self) -> Any:
         """The module that finds and closes terminal environments."""
-        from tools import terminal_tool_lifecycle
+        return importlib.import_module(self._lifecycle)
 
-        return terminal_tool_lifecycle
+    #: Modules into which that of the terminal tool was divided.
+    _sudo, _lifecycle = "tools.terminal_tool_sudo", "tools.terminal_tool_lifecycle"
 
     def forget(self, task_id: str) -> None:
         """Have the file tools forget what a task has read: they do with its environment."""
@@ -104,16 +100,7 @@ class Release:
 
 
 class Before021(Release):
-    def rewrite_background(self, command: str) -> str:
-        from tools.terminal_tool import _rewrite_compound_background
-
-        rewritten: str = _rewrite_compound_background(command)
-        return rewritten
-
-    def lifecycle(self) -> Any:
-        from tools import terminal_tool
-
-        return terminal_tool
+    _sudo = _lifecycle = "tools.terminal_tool"
 
     def forget(self, task_id: str) -> None:
         """These releases remember it for good."""

@@ -27,11 +27,9 @@ __all__ = [
     "UNUSED",
     "add_configured",
     "asked",
-    "check_overrides",
     "connect",
     "route_to",
     "serving",
-    "template_switch",
     "warn_of_unused",
     "without",
 ]
@@ -147,7 +145,11 @@ def connect(options: Mapping[str, Any], where: Mapping[str, Any]) -> Backend:
     if not backend.tracks_tokens:
         return backend
     overrides = options["request_overrides"]
-    check_overrides(overrides)
+    if strange := sorted(overrides.keys() - SAMPLING - {"extra_body"}):
+        raise ConfigurationError(
+            f"request_overrides[{strange[0]!r}]: it belongs to chat endpoints, and this server is asked for tokens. "
+            "Leave it out, or put what the server's sampler knows into request_overrides['extra_body']"
+        )
     switch = template_switch(cast(TrackedBackend, backend).tokenizer, options.get("reasoning_config"))
     switch |= (overrides.get("extra_body") or {}).get("chat_template_kwargs") or {}
     return resolve(**{**where, "chat_template_kwargs": switch | where["chat_template_kwargs"]}) if switch else backend
@@ -190,20 +192,6 @@ def serving(server: Any, model: str) -> Any:
     twin = copy.copy(server)
     twin.servers = [one for one, name in zip(servers, names, strict=True) if name == model]
     return twin
-
-
-def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Refuse what a token server cannot be asked for.
-
-    Raises:
-        ConfigurationError: names it.
-    """
-    strange = sorted(overrides.keys() - SAMPLING - {"extra_body"})
-    if strange:
-        raise ConfigurationError(
-            f"request_overrides[{strange[0]!r}]: it belongs to chat endpoints, and this server is asked for tokens. "
-            "Leave it out, or put what the server's sampler knows into request_overrides['extra_body']"
-        )
 
 
 def template_switch(tokenizer: Any, reasoning: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from openai.types.chat import ChatCompletion
@@ -17,16 +17,7 @@ from hermes_atropos.hermes.books import usage_of
 from hermes_atropos.hermes.rollout import Rollout
 from hermes_atropos.trajectory import StopReason
 
-__all__ = [
-    "conversation_of",
-    "finished",
-    "history_of",
-    "spoken_and_results",
-    "stop_reason",
-    "to_completion",
-    "with_results",
-    "without_system",
-]
+__all__ = ["conversation_of", "finished", "history_of", "stop_reason", "to_completion", "with_results"]
 
 Message = dict[str, Any]
 
@@ -58,9 +49,8 @@ def finished(
     """
     conversation = rollout.conversation
     system_prompt = next((m["content"] for m in conversation.messages if m["role"] == "system"), None)
-    without = without_system(messages)
     trajectory = conversation.result(
-        [{"role": "system", "content": system_prompt}, *without] if system_prompt else without,
+        [{"role": "system", "content": system_prompt}, *messages] if system_prompt else messages,
         reason,
         tools=tools,
         final_response=last_words(result, conversation),
@@ -74,7 +64,7 @@ def finished(
         "api_calls": result.get("api_calls", len(conversation.steps)) + rollout.retried,
         **counts,
         **failed(result, rollout, trajectory.error),
-        "messages": without,
+        "messages": messages,
         "trajectory": trajectory,
         "managed_state": ManagedState(trajectory.sequences),
         "stop_reason": reason,
@@ -101,13 +91,13 @@ def failed(result: Mapping[str, Any], rollout: Rollout, error: str | None) -> di
 
 
 def conversation_of(result: Mapping[str, Any], rollout: Rollout, reason: StopReason) -> list[Message]:
-    """All messages of a run, failed attempts included."""
+    """All messages of a run but the system prompt, failed attempts included."""
     conversation = rollout.conversation
     messages = conversation.expand(result.get("messages") or [])
     if rollout.failure is not None or reason is StopReason.EMPTY_RESPONSE:
         # Hermes returns without the call that failed, and drops what led to an empty answer.
-        return conversation.messages or messages
-    return messages
+        messages = conversation.messages or messages
+    return [message for message in messages if message["role"] != "system"]
 
 
 #: How Hermes says that a turn ended (`turn_exit_reason`, without what stands in parentheses), in 0.13 to 0.22; None
@@ -180,10 +170,6 @@ def last_words(result: Mapping[str, Any], conversation: Conversation) -> str:
     return (turns[-1].content or "").strip() if turns and not turns[-1].calls else ""
 
 
-def without_system(messages: Sequence[Message]) -> list[Message]:
-    return [message for message in messages if message["role"] != "system"]
-
-
 def history_of(messages: Sequence[Mapping[str, Any]] | None) -> list[Message] | None:
     """A history to go on from, as Hermes had it: it would take retries for damage. They come back in each prompt."""
     return None if messages is None else Conversation.contract(messages)
@@ -220,8 +206,14 @@ def as_written(turn: ModelTurn) -> str | None:
     return turn.content and turn.content.rstrip() + turn.raw[len(turn.raw.rstrip()) :]
 
 
-def spoken_and_results(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The user's and the model's messages, and the tool results that followed each."""
+def with_results(
+    messages: Sequence[Message], convert: Callable[[list[Message]], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Hermes' trajectory of what was said, and behind each message the tool results that followed it.
+
+    Args:
+        convert: makes a trajectory of the user's and the model's messages.
+    """
     spoken: list[Message] = []
     results: list[list[Message]] = []
     for message in messages:
@@ -230,13 +222,7 @@ def spoken_and_results(messages: Sequence[Message]) -> tuple[list[Message], list
         elif message["role"] in ("user", "assistant"):
             spoken.append(message)
             results.append([])
-    return spoken, results
-
-
-def with_results(
-    saved: list[dict[str, Any]], spoken: Sequence[Message], results: Sequence[Sequence[Message]]
-) -> list[dict[str, Any]]:
-    """Hermes' trajectory of the ``spoken`` messages, and behind each the results that followed it."""
+    saved = convert(spoken)
     whole = saved[: -len(spoken)]
     for turn, entry, answers in zip(spoken, saved[-len(spoken) :], results, strict=True):
         whole.append(entry)

@@ -24,6 +24,7 @@ from hermes_atropos.errors import (
 from hermes_atropos.hermes.terminal import HermesSandbox
 from hermes_atropos.listening import Delta, hearing, text_listener
 from hermes_atropos.runtime import check_not_on, home_loop, portal_loop, turnstile
+from hermes_atropos.trajectory import AgentResult, StopReason
 
 __all__ = ["ModelCallFailed", "Rollout", "interrupting_first"]
 
@@ -107,8 +108,7 @@ class Rollout:
         """
         if self.broken is not None:
             raise self._told_of(self.broken, compresses)
-        self.sampling = dict(sampling)
-        request = self._asked(messages, tools, sampling, interrupted)
+        request = self.request(messages, tools, sampling, interrupted=interrupted)
         # Not raised here: its traceback would hold the frames of Hermes' thread, and they the agent.
         error = request.exception()
         if error is not None:
@@ -125,37 +125,27 @@ class Rollout:
             self.signal, status = f"{type(error).__name__}: {error.body or error}", error.status
         return ModelCallFailed(self.signal, status)
 
-    def answer(
+    def aside(self) -> Rollout:
+        """For a call of Hermes beside the conversation: a conversation of its own on the same ledger and server."""
+        conversation = Conversation(self.conversation.backend)
+        return Rollout(conversation, answered=self.answered, uncounted=self.uncounted, _requests=self._requests)
+
+    def request(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         sampling: Mapping[str, Any],
         *,
         interrupted: Callable[[], bool],
-    ) -> ModelTurn:
-        """:meth:`ask`, for whoever takes an error as it is."""
-        return self._asked(messages, tools, sampling, interrupted).result()
-
-    def aside(self) -> Rollout:
-        """For a call of Hermes beside the conversation: a conversation of its own on the same ledger and server."""
-        conversation = Conversation(self.conversation.backend)
-        return Rollout(conversation, answered=self.answered, uncounted=self.uncounted, _requests=self._requests)
-
-    def _asked(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        sampling: Mapping[str, Any],
-        interrupted: Callable[[], bool],
     ) -> concurrent.futures.Future[ModelTurn]:
-        """Ask on the server's loop and wait on this thread.
+        """Ask on the server's loop and wait on this thread; the request, which has its answer or its error.
 
         Raises:
             InterruptedError: the agent was interrupted before or meanwhile.
             BlockingCallError: this thread runs the server's loop.
         """
-        server = self.conversation.backend.server
-        loop = home_loop(server, portal_loop())
+        self.sampling = dict(sampling)
+        loop = home_loop(self.conversation.backend.server, portal_loop())
         check_not_on(loop, instead="another thread")
         taken = len(self.conversation.steps)
         question = self.conversation.chat(messages, tools, **sampling)
@@ -189,6 +179,11 @@ class Rollout:
         """End the model calls under way with an ``InterruptedError``."""
         for request in list(self._requests):
             request.cancel()
+
+    def left(self, reason: StopReason, tools: Sequence[Any] | None, **known: Any) -> AgentResult:
+        """What it leaves, as far as the conversation itself knows; ``known`` are further fields of the result."""
+        messages, tools = self.conversation.messages, list(tools or [])
+        return self.conversation.result(messages, reason, tools=tools, sampling=self.sampling, **known)
 
 
 @contextlib.contextmanager

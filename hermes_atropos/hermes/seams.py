@@ -1,10 +1,10 @@
-"""What the library leans on in Hermes, checked at the first use; and what it changes there, for our rollouts alone.
+"""What the library leans on in Hermes, checked at the first use.
 
 Hermes is held by the methods that it calls on ``self``: they kept their names and meanings through its rewrites. The
 table below names each of them, and everything else of Hermes that this wing touches. :func:`check` looks for all of it
 when the first agent is constructed, so that a release which moved something is an error that names it.
 
-Where Hermes offers neither a method nor an argument, one of its functions is wrapped in place (``WRAPPED``). The
+Where Hermes offers neither a method nor an argument, one of its functions is wrapped in place (``wrappers``). The
 wrapper does what Hermes does, unless the code runs for one of our agents: a context variable, which Hermes' worker
 threads inherit, tells (``acting``).
 """
@@ -15,38 +15,25 @@ import contextlib
 import functools
 import importlib
 import inspect
-import itertools
-import logging
 import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
 from hermes_atropos.errors import UnsupportedVersionError
-from hermes_atropos.hermes import compression, lookups, profile
 from hermes_atropos.hermes.acting import acting_agent
-from hermes_atropos.hermes.confined import CONFINED
-from hermes_atropos.hermes.processes import LISTED
 from hermes_atropos.hermes.versions import hermes_version
-from hermes_atropos.runtime import once, turnstile
+from hermes_atropos.hermes.wrappers import REPLACED, WRAPPED, stock_agent
+from hermes_atropos.runtime import once
 
 if TYPE_CHECKING:
     from hermes_atropos.hermes.hooks import Hooks
 
-__all__ = [
-    "ATTRIBUTES",
-    "SEAMS",
-    "WRAPPED",
-    "OurChildren",
-    "Seam",
-    "check",
-    "check_attributes",
-]
+__all__ = ["ATTRIBUTES", "SEAMS", "OurChildren", "Seam", "check", "check_attributes", "in_place_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,9 +289,6 @@ def check() -> None:
             _override(seam, REPLACED[seam.module, seam.name])
 
 
-# ── What runs for one of our agents ──────────────────────────────────────────────────────────────────────────────────
-
-
 def _wrap(seam: Seam, ours: Callable[..., Any]) -> None:
     """In one of our agents' rollouts, ``ours`` is called, with the agent and the original."""
 
@@ -326,15 +310,6 @@ def _override(seam: Seam, ours: Callable[..., Any]) -> None:
         return ours(original, *args, **options)
 
     setattr(owner, last, replaced)
-
-
-@functools.cache
-def stock_agent() -> type[Any]:
-    """Hermes' own class of agents, in whose place another may stand since."""
-    from run_agent import AIAgent
-
-    kind: type[Any] = AIAgent
-    return kind
 
 
 @contextlib.contextmanager
@@ -365,104 +340,6 @@ def _replace(old: Any, new: Any, within: str = "") -> None:
                     setattr(module, held, new)
 
 
-def _construct(agent: Hooks, original: Callable[..., None], new: Any, *args: Any, **options: Any) -> None:
-    """An agent that Hermes makes within a rollout (``delegate_task`` does) becomes a subagent on the same server."""
-    if type(new) is stock_agent():
-        agent._make_subagent(new, *args, **options)
-    else:
-        original(new, *args, **options)
-
-
-def _own_model_for_subagents(agent: Hooks, original: Callable[..., Any], _cfg: Any, parent: Any) -> Any:
-    """The model that the user's configuration may name for subagents is not asked."""
-    return original({}, parent)
-
-
-def _unknown_context_length(agent: Hooks, original: Callable[..., int]) -> int:
-    """Hermes measures the tools by the model in the user's configuration, which it may look up at openrouter.ai.
-
-    That model is not the one that is called. 0 has the tools measured by their size alone.
-    """
-    return 0
-
-
-def _no_title(agent: Hooks, original: Callable[..., None], *args: Any, **options: Any) -> None:
-    """From 0.20, Hermes has the model of the user's configuration find a title for the session, on another thread."""
-
-
-def _log_files(agent: Hooks, original: Callable[..., Path], *args: Any, **options: Any) -> Path:
-    """In a training run Hermes' log files are where its author wants them, or off: the home goes with the process."""
-    home = profile.active_profile()
-    if home is None:
-        return original(*args, **options)
-    folder = profile.log_folder()
-    if folder is not None:
-        return original(*args, **options | {"hermes_home": folder})
-    _keep_off_standard_error()
-    return home / "logs"
-
-
-@once
-def _keep_off_standard_error() -> None:
-    """Python prints the warnings of loggers that have no handler."""
-    import hermes_logging
-
-    for name in itertools.chain(*hermes_logging.COMPONENT_PREFIXES.values()):
-        logging.getLogger(name).addHandler(logging.NullHandler())
-
-
-def _home(agent: Hooks, original: Callable[..., str | None], *args: Any, **options: Any) -> str | None:
-    """The home of a task's shell is also what the file tools take ``~`` for: theirs would be the trainer's own."""
-    sandbox = agent._sandbox
-    return (sandbox and sandbox.home) or original(*args, **options)
-
-
-def _at_once(agent: Hooks, original: Callable[..., float], *args: Any, **options: Any) -> float:
-    """Seconds to wait before asking again after an empty answer, 5 to 60 from 0.20 on: a sample needs no rest."""
-    return 0.0
-
-
-def _in_the_sandbox(agent: Hooks, original: Callable[..., Path]) -> Path:
-    """Where large results go: from 0.20.6 into Hermes' home, where other rollouts read them, and they stay."""
-    sandbox = agent._sandbox
-    return original() if sandbox is None else Path(sandbox.environment().get_temp_dir(), "hermes-results")
-
-
-def _in_its_turn(agent: Hooks, original: Callable[..., Any], registry: Any, name: str, *args: Any, **given: Any) -> Any:
-    """A tool. From 0.20 Hermes runs it on a thread of its own, which computes in its turn as the rollout's does."""
-    with turnstile.inside() if agent.steps_out_in(name) else contextlib.nullcontext():
-        return original(registry, name, *args, **given)
-
-
-#: What is wrapped in place: (module, name) → what is called in a rollout, with its agent and the original.
-WRAPPED: Mapping[tuple[str, str], Callable[..., Any]] = {
-    ("run_agent", "AIAgent.__init__"): _construct,
-    ("tools.delegate_tool", "_resolve_delegation_credentials"): _own_model_for_subagents,
-    ("model_tools", "_resolve_active_context_length"): _unknown_context_length,
-    ("agent.context_compressor", "ContextCompressor._protect_head_size"): compression.keeping_the_task,
-    ("agent.context_compressor", "ContextCompressor._find_last_assistant_message_idx"): compression.no_summary,
-    ("agent.context_compressor", "call_llm"): compression.summarise,
-    ("agent.context_compressor", "get_model_context_length"): compression.own_context_length,
-    ("agent.model_metadata", "get_model_context_length"): compression.own_context_length,
-    ("agent.turn_context", "_maybe_title_session_at_turn_start"): _no_title,
-    ("hermes_logging", "setup_logging"): _log_files,
-    ("hermes_constants", "get_subprocess_home"): _home,
-    ("agent.conversation_loop", "jittered_backoff"): _at_once,
-    ("agent.retry_utils", "jittered_backoff"): _at_once,
-    ("tools.environments.local", "_append_missing_sane_path_entries"): lookups.path,
-    ("tools.environments.local", "_user_tools_first"): lookups.path,
-    ("tools.registry", "ToolRegistry.dispatch"): _in_its_turn,
-    ("tools.tool_result_storage", "get_spillover_dir"): _in_the_sandbox,
-    ("hermes_cli.config", "load_config"): lookups.configuration,
-    ("agent.coding_context", "_marker_root"): lookups.project,
-    ("tools.approval", "_get_approval_config"): lookups.approvals,
-}
-
-
-#: What is replaced whoever calls it; each looks for itself whether there is something to change.
-REPLACED: Mapping[tuple[str, str], Callable[..., Any]] = {**CONFINED, **LISTED}
-
-
 class OurChildren(list[Any]):
     """Hermes' list of an agent's subagents, which refuses one that would ask another model.
 
@@ -486,7 +363,7 @@ class OurChildren(list[Any]):
                 "rollout's server"
             )
             agent = self._agent()
-            if agent is not None:
-                agent._end_rollout(error)  # Hermes turns what its tools raise into a result that the model reads
+            if agent is not None and agent._rollout is not None:
+                agent._rollout.broken = error  # Hermes turns what its tools raise into a result that the model reads
             raise error
         super().append(child)

@@ -291,5 +291,4 @@ def apart(script: str) -> str:
 
 def backend() -> str:
     """The terminal backend that Hermes is configured for: ``local``, ``docker``, …"""
-    name: str = terminal_tool._get_env_config()["env_type"]
-    return name
+    return terminal_tool._get_env_config()["env_type"]

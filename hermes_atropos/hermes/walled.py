@@ -99,31 +99,25 @@ class WalledSandbox(HermesSandbox):
             )
         assert self._folders.root is not None
         own = self._folders.root / "wall"
-        own.mkdir()
-        (own / "nothing").mkdir()
+        self._nothing = own / "nothing"  # Hermes looks on this machine for what a project tells its agents
+        self._nothing.mkdir(parents=True)
+        self._mounted = self.workspace  # where walls are started
+        self._enter: Sequence[str] = ()  # and how
         if self._shown is not None:
-            self._show(self._shown)
+            self._show(self._shown, self._folders.root / "overlay")
         self._wall = Wall(own, {WORKSPACE: (self._mounted, True)}, self._options, enter=self._enter)
         return WalledEnvironment(self._wall, self._options)
 
-    def _show(self, folder: Path) -> None:
+    def _show(self, folder: Path, changes: Path) -> None:
         """Let the task change what looks like a copy of ``folder``."""
-        assert self._folders.root is not None
         try:
-            self._overlay = Overlay(folder, self._folders.root / "overlay")
-            self.workspace = self._overlay.seen
+            self._overlay = Overlay(folder, changes)
         except SandboxError as error:
             logger.info("%s is copied for a task: %s", folder, error)
             shutil.copytree(folder, self.workspace, symlinks=True, dirs_exist_ok=True)
-
-    @property
-    def _mounted(self) -> Path:
-        """The workspace where walls are started."""
-        return self.workspace if self._overlay is None else self._overlay.path
-
-    @property
-    def _enter(self) -> Sequence[str]:
-        return () if self._overlay is None else self._overlay.enter
+            return
+        self.workspace = self._overlay.seen
+        self._mounted, self._enter = self._overlay.path, self._overlay.enter
 
     def register(self, task_id: str) -> None:
         super().register(task_id)
@@ -149,12 +143,6 @@ class WalledSandbox(HermesSandbox):
     def as_told(self, prompt: str) -> str:
         prompt = prompt.replace(str(self._nothing), WORKSPACE)
         return super().as_told(prompt).replace("User home directory: ~\n", f"User home directory: {HOME}\n")
-
-    @property
-    def _nothing(self) -> Path:
-        """An empty folder: Hermes looks on this machine for what a project tells its agents."""
-        assert self._folders.root is not None
-        return self._folders.root / "wall" / "nothing"
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -23,7 +24,6 @@ from starlette.exceptions import HTTPException
 from hermes_atropos.backends.tracked import known_context_length
 from hermes_atropos.errors import HermesAtroposError
 from hermes_atropos.listening import Delta, hearing, text_listener
-from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.proxy import responses, wire
 from hermes_atropos.proxy.session import Limits, Session
 from hermes_atropos.proxy.sessions import Sessions
@@ -75,33 +75,26 @@ def proxy_app(server: Any, tokenizer: Any = None, *, key: str = "", **options: A
     app.state.sessions = sessions
     _add_errors(app)
     _add_house(app, sessions, key)
-    _add_openai(app, sessions)
-    _add_nodes(app, sessions)
+    _add_sessions(app, sessions)
     return app
 
 
 def _add_errors(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            refused = Refused(error.status_code, str(error.detail))
-        else:
-            refused = refusal_of(error)
-            if refused.status >= 500:
-                logger.warning("%s %s failed", request.method, request.url.path, exc_info=error)
+        refused = refusal_of(error)
+        if refused.status >= 500:
+            logger.warning("%s %s failed", request.method, request.url.path, exc_info=error)
         return JSONResponse(wire.error_body(refused), refused.status)
 
-    app.add_exception_handler(HTTPException, answer)
-    app.add_exception_handler(Refused, answer)
-    app.add_exception_handler(HermesAtroposError, answer)
+    for kind in (HTTPException, Refused, HermesAtroposError):
+        app.add_exception_handler(kind, answer)
 
 
 def _add_house(app: FastAPI, sessions: Sessions, key: str) -> None:
     """Health, sessions and servers."""
 
     def check(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise Refused(401, "this needs the proxy's own key", "invalid_api_key")
+        _check_key(request, key, "this needs the proxy's own key")
 
     @app.get("/health")
     async def health() -> Any:
@@ -138,7 +131,7 @@ def _add_house(app: FastAPI, sessions: Sessions, key: str) -> None:
         session = sessions.open(
             keyed=False, tool_parser=parser, track_tree=bool(body.get("track_tree")), base_url=body.get("base_url")
         )
-        return _opened(session, sessions) | {"tool_parser": parser, "base_url": body.get("base_url") or _url(sessions)}
+        return _opened(session, sessions) | {"tool_parser": parser}
 
     @app.get("/sessions")
     async def list_sessions(request: Request) -> Any:
@@ -146,11 +139,7 @@ def _add_house(app: FastAPI, sessions: Sessions, key: str) -> None:
         return {
             "sessions": [
                 _opened(session, sessions)
-                | {
-                    "base_url": session.facts.options.get("base_url") or _url(sessions),
-                    "last_accessed": session.last_used,
-                    "num_nodes": len(session.managed.ledger.sequences()),
-                }
+                | {"last_accessed": session.last_used, "num_nodes": len(session.managed.ledger.sequences())}
                 for session in sessions
             ]
         }
@@ -187,8 +176,8 @@ def _add_house(app: FastAPI, sessions: Sessions, key: str) -> None:
         return {"status": "ok", "servers": len(sessions.servers), "model_name": model}
 
 
-def _add_openai(app: FastAPI, sessions: Sessions) -> None:
-    """OpenAI's endpoints of a session."""
+def _add_sessions(app: FastAPI, sessions: Sessions) -> None:
+    """What each session answers: OpenAI's endpoints, what it left, and its end."""
 
     @app.get("/{session_id}/v1/models")
     async def models(session_id: str, request: Request) -> Any:
@@ -204,20 +193,9 @@ def _add_openai(app: FastAPI, sessions: Sessions) -> None:
     async def chat(session_id: str, request: Request) -> Response:
         session = _session(sessions, session_id, request)
         ask = wire.read_request(await _json(request))
-
-        def body(said: list[wire.Said], usage: dict[str, int]) -> dict[str, Any]:
-            return wire.completion(_ref(said), sessions.model, said, usage)
-
+        body = functools.partial(wire.completion, sessions.model)
         chunks = wire.Chunks(sessions.model, usage=ask.usage)
-
-        def piece(delta: Delta) -> Iterable[bytes]:
-            return map(wire.event, chunks.piece(delta))
-
-        def rest(said: list[wire.Said], usage: dict[str, int]) -> Iterable[bytes]:
-            yield from map(wire.event, chunks.rest(said, usage))
-            yield b"data: [DONE]\n\n"
-
-        return await _answer(session, request, ask, body, rest, piece if ask.in_pieces else None)
+        return await _answer(session, request, ask, body, chunks.rest, chunks.piece if ask.in_pieces else None)
 
     @app.post("/{session_id}/v1/responses")
     async def respond(session_id: str, request: Request) -> Response:
@@ -226,12 +204,9 @@ def _add_openai(app: FastAPI, sessions: Sessions) -> None:
         ask = wire.read_request(responses.chat_request(given))
 
         def body(said: list[wire.Said], usage: dict[str, int]) -> dict[str, Any]:
-            return responses.response(_ref(said), sessions.model, said[0], usage, given)
+            return responses.response(sessions.model, said[0], usage, given)
 
-        def rest(said: list[wire.Said], usage: dict[str, int]) -> Iterable[bytes]:
-            return (wire.event(data, name) for name, data in responses.events(body(said, usage)))
-
-        return await _answer(session, request, ask, body, rest)
+        return await _answer(session, request, ask, body, lambda said, usage: responses.events(body(said, usage)))
 
     @app.post("/{session_id}/v1/chat/completions/render")
     async def render(session_id: str, request: Request) -> Any:
@@ -239,10 +214,6 @@ def _add_openai(app: FastAPI, sessions: Sessions) -> None:
         session = _session(sessions, session_id, request)
         text, ids = await session.preview(wire.read_request(await _json(request)))
         return {"prompt_text": text, "token_ids": ids, "num_tokens": len(ids)}
-
-
-def _add_nodes(app: FastAPI, sessions: Sessions) -> None:
-    """What a session left."""
 
     @app.get("/{session_id}/nodes")
     async def nodes(session_id: str, request: Request) -> Any:
@@ -348,26 +319,24 @@ async def _hung_up(request: Request) -> None:
 
 
 async def _json(request: Request, empty: Any = None) -> Any:
-    """The body, read from JSON.
+    """The body, a JSON object; ``empty`` where there is none.
 
     Raises:
-        Refused: it is too long, too slow, or not JSON.
+        Refused: it is too long, too slow, or not a JSON object.
     """
-    parts = []
-    size = 0
+    text = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():
-                size += len(part)
-                if size > MAX_BODY:
+                text += part
+                if len(text) > MAX_BODY:
                     raise Refused(413, f"the body has more than {MAX_BODY} bytes", "body_too_long")
-                parts.append(part)
     except TimeoutError:
         raise Refused(408, f"the body did not arrive within {BODY_S:g} s", "body_too_slow") from None
-    if not size and empty is not None:
+    if not text and empty is not None:
         return empty
     try:
-        body = json.loads(b"".join(parts))
+        body = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {error}", "invalid_json") from error
     if not isinstance(body, Mapping):
@@ -377,9 +346,16 @@ async def _json(request: Request, empty: Any = None) -> Any:
 
 def _session(sessions: Sessions, session_id: str, request: Request) -> Session:
     session = sessions.get(session_id)
-    session.check(request.headers.get("authorization"))
+    _check_key(request, session.facts.key, "this session has another API key: send the one that it was created with")
     session.last_used = time.time()
     return session
+
+
+def _check_key(request: Request, key: str | None, refusal: str) -> None:
+    """Refuse a request without the key, if there is one."""
+    given = request.headers.get("authorization", "")
+    if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        raise Refused(401, refusal, "invalid_api_key")
 
 
 def _models(sessions: Sessions) -> dict[str, Any]:
@@ -390,17 +366,12 @@ def _models(sessions: Sessions) -> dict[str, Any]:
 
 
 def _opened(session: Session, sessions: Sessions) -> dict[str, Any]:
+    """A session as atroposlib tells it: its ``base_url`` is the model server's."""
+    config = getattr(sessions.servers[0], "config", None)
     return {
         "id": session.facts.id,
         "uuid": session.facts.id,
         "model_name": sessions.model,
         "created_at": session.facts.created,
+        "base_url": session.facts.options.get("base_url") or getattr(config, "base_url", None),
     }
-
-
-def _url(sessions: Sessions) -> str | None:
-    return getattr(getattr(sessions.servers[0], "config", None), "base_url", None)
-
-
-def _ref(said: list[wire.Said]) -> str:
-    return str(said[0].message[TURN_KEY])

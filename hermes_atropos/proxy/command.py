@@ -103,31 +103,24 @@ class CommandAgent:
         Behind a wall, the command reaches the endpoint through a socket in a folder that is mounted; the wall needs
         ``python3`` for that.
         """
-        return harness.OpenedTask(self._task(task_id, workspace, copy, keep_processes, sandbox, wall))
 
-    @contextlib.asynccontextmanager
-    async def _task(
-        self,
-        task_id: str | None,
-        workspace: Any,
-        copy: bool,
-        keep_processes: bool,
-        sandbox: str,
-        wall: WallArguments,
-    ) -> AsyncIterator[CommandTask]:
-        with tempfile.TemporaryDirectory(prefix="hermes-atropos-proxy-") as folder:
-            socket = None
-            if sandbox == "walled":
-                socket = str(Path(folder, "model.sock"))
-                wall["mounts"] = {**wall.get("mounts", {}), folder: "ro"}
-            async with Proxy(self.server, self.tokenizer, socket=socket) as proxy:
-                opened = await run_in_rollout_thread(
-                    lambda: self._open_sandbox(task_id, workspace, copy=copy, tools=(), sandbox=sandbox, **wall)
-                )
-                try:
-                    yield CommandTask(self, opened, proxy, socket, keep_processes=keep_processes)
-                finally:
-                    await run_to_end(opened.release)
+        @contextlib.asynccontextmanager
+        async def task() -> AsyncIterator[CommandTask]:
+            with tempfile.TemporaryDirectory(prefix="hermes-atropos-proxy-") as folder:
+                socket = None
+                if sandbox == "walled":
+                    socket = str(Path(folder, "model.sock"))
+                    wall["mounts"] = {**wall.get("mounts", {}), folder: "ro"}
+                async with Proxy(self.server, self.tokenizer, socket=socket) as proxy:
+                    opened = await run_in_rollout_thread(
+                        lambda: self._open_sandbox(task_id, workspace, copy=copy, tools=(), sandbox=sandbox, **wall)
+                    )
+                    try:
+                        yield CommandTask(self, opened, proxy, socket, keep_processes=keep_processes)
+                    finally:
+                        await run_to_end(opened.release)
+
+        return harness.OpenedTask(task())
 
 
 class CommandTask(harness.Task):
@@ -174,39 +167,32 @@ class CommandTask(harness.Task):
         ended: CommandResult | None = None
         session = self._proxy.sessions.open(**agent.session)
         try:
-            key = str(session.facts.key)
-            variables = {"OPENAI_BASE_URL": f"{self._url}/{session.facts.id}/v1", "OPENAI_API_KEY": key}
-            await self._start_relay()
-            variables |= {"PROMPT": str(user_message), **agent.env}
-            command = f"{assignments(variables)}\n{agent.command}"
+            variables = {
+                "OPENAI_BASE_URL": f"{await self._reachable()}/{session.facts.id}/v1",
+                "OPENAI_API_KEY": str(session.facts.key),
+                "PROMPT": str(user_message),
+            }
+            command = f"{assignments(variables | agent.env)}\n{agent.command}"
             ended = await self._sandbox.call(lambda: self._sandbox.run(command, timeout=agent.time_limit_s))
         finally:
             reason = None if ended else StopReason.CANCELLED
-            self._trajectory = await self._proxy.sessions.end(session.facts.id, reason)
-        return self._settled_as(ended.exit_code, ended.output)
+            result = self._trajectory = await self._proxy.sessions.end(session.facts.id, reason)
+        result.metadata |= {"exit_code": ended.exit_code, "output": ended.output[-10_000:]}
+        if ended.exit_code:
+            result.success = False
+            result.stop_reason = StopReason.TIMEOUT if ended.exit_code == 124 else StopReason.ERROR
+            result.error = f"the command ended with exit code {ended.exit_code}: {ended.output[-1000:]}"
+        return result
 
-    @property
-    def _url(self) -> str:
-        return self._proxy.url if self._socket is None else f"http://127.0.0.1:{PORT}"
-
-    async def _start_relay(self) -> None:
-        """Behind a wall, the endpoint at an address; again is harmless."""
+    async def _reachable(self) -> str:
+        """Where the command reaches the proxy: behind a wall, at a relay that is started; again is harmless."""
         if self._socket is None:
-            return
-        command = f"({assignments({'RELAY': RELAY, 'SOCKET': str(self._socket)})}\n{START})"
+            return self._proxy.url
+        command = f"({assignments({'RELAY': RELAY, 'SOCKET': self._socket})}\n{START})"
         started = await self._sandbox.call(lambda: self._sandbox.run(command, timeout=30))
         if started.exit_code:
             raise SandboxError(f"the endpoint cannot be reached from within the wall: {started.output[-500:]}")
-
-    def _settled_as(self, exit_code: int, output: str) -> AgentResult:
-        result = self._trajectory
-        assert result is not None
-        result.metadata |= {"exit_code": exit_code, "output": output[-10_000:]}
-        if exit_code:
-            result.success = False
-            result.stop_reason = StopReason.TIMEOUT if exit_code == 124 else StopReason.ERROR
-            result.error = f"the command ended with exit code {exit_code}: {output[-1000:]}"
-        return result
+        return f"http://127.0.0.1:{PORT}"
 
 
 def assignments(variables: Mapping[str, str]) -> str:

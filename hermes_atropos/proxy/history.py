@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from hermes_atropos.messages import TURN_KEY, Message, call_function, text_of
@@ -33,13 +34,7 @@ class Form(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a client was given.
-
-    Attributes:
-        ref: of the turn.
-        message: the assistant's message.
-        form: what it says.
-    """
+    """What a client was given for the turn ``ref``, and what that says."""
 
     ref: str
     message: Message
@@ -67,11 +62,11 @@ class History:
         self._by_ref[turn.ref] = answer
         for call in message.get("tool_calls") or ():
             self._by_call[call["id"]] = answer
-        others = [sibling for sibling in siblings if sibling.discarded is None and sibling.ref != turn.ref]
         alike = [
             known
-            for sibling in others
-            if sibling.output_ids != turn.output_ids
+            for sibling in siblings
+            if sibling.discarded is None
+            and sibling.output_ids != turn.output_ids
             and (known := self._by_ref.get(sibling.ref)) is not None
             and known.form == answer.form
         ]
@@ -82,15 +77,15 @@ class History:
     def recognise(self, messages: Sequence[Message]) -> list[Message]:
         """The messages with the references of the answers among them, and results as they were first ordered."""
         known: list[Message] = []
-        results: list[Message] = []
-        for message in messages:
-            if message["role"] == "tool":
-                results.append(message)
-                continue
-            known += self._ordered(results)
-            results = []
-            known.append(self._recognised(message) if message["role"] == "assistant" else message)
-        return known + self._ordered(results)
+        for role, run in groupby(messages, key=lambda message: message["role"]):
+            match role:
+                case "tool":
+                    known += self._ordered(list(run))
+                case "assistant":
+                    known += map(self._recognised, run)
+                case _:
+                    known += run
+        return known
 
     def _recognised(self, message: Message) -> Message:
         plain = {key: value for key, value in message.items() if key != TURN_KEY}
@@ -111,8 +106,6 @@ class History:
         return plain
 
     def _ordered(self, results: list[Message]) -> list[Message]:
-        if len(results) < 2:
-            return results
         by_id = {str(result.get("tool_call_id")): result for result in results}
         if len(by_id) < len(results):
             return results

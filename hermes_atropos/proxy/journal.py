@@ -33,10 +33,8 @@ class Journal:
         self._prompts: dict[Prompt, int] = {}
         if path is not None and session is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(
-                os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-            ) as file:
-                file.write(_line({"session": session}))
+            path.touch(0o600, exist_ok=False)
+            self._append({"session": session})
 
     def turn(self, turn: Turn, asked: Sequence[Message], message: Message | None) -> None:
         """Keep a turn, before its client has it.
@@ -68,7 +66,7 @@ class Journal:
                 "messages": asked,
                 "tools": prompt.tools,
             }
-            self._prompts[prompt] = len(self._prompts)
+            self.known(prompt)
         self._append(entry)
 
     def discard(self, turn: Turn) -> None:
@@ -77,8 +75,9 @@ class Journal:
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         if self.path is not None:
+            line = json.dumps(plain(entry), separators=(",", ":")).encode() + b"\n"
             with self.path.open("ab", buffering=0) as file:
-                file.write(_line(entry))
+                file.write(line)
 
     def known(self, prompt: Prompt) -> None:
         """The prompt stands in the file already."""
@@ -135,7 +134,3 @@ def replay(
             )
         turns[entry["turn"]] = turn = ledger.turns[-1]
         yield turn, messages, entry["message"]
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(plain(entry), separators=(",", ":")).encode() + b"\n"

@@ -55,6 +55,7 @@ class Proxy:
             can't open another one.
 
     Attributes:
+        sessions: those that are open.
         where: the address that was asked for.
 
     Raises:
@@ -73,6 +74,7 @@ class Proxy:
         **options: Any,
     ) -> None:
         self.app = proxy_app(server, tokenizer, key=secrets.token_urlsafe() if key is None else key, **options)
+        self.sessions: Sessions = self.app.state.sessions
         config = uvicorn.Config(
             self.app,
             host=host,
@@ -85,13 +87,6 @@ class Proxy:
         )
         self.where = socket or f"http://{host}:{port}"
         self._server = _Server(config)
-        self._serving: asyncio.Task[None] | None = None
-
-    @property
-    def sessions(self) -> Sessions:
-        """Those that are open."""
-        sessions: Sessions = self.app.state.sessions
-        return sessions
 
     @property
     def url(self) -> str:
@@ -114,8 +109,7 @@ class Proxy:
         for session in self.sessions:
             await session.end()
         self._server.should_exit = True
-        if self._serving is not None:
-            await self._serving
+        await self._serving
 
     @contextlib.asynccontextmanager
     async def session(self, **options: Any) -> AsyncIterator[ProxySession]:

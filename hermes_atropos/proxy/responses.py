@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from hermes_atropos.proxy.wire import Refused, Said
+from hermes_atropos.messages import TURN_KEY
+from hermes_atropos.proxy.wire import Refused, Said, event
 
 __all__ = ["chat_request", "events", "response"]
 
@@ -26,14 +27,12 @@ SAMPLING = {"max_output_tokens": "max_tokens", "parallel_tool_calls": "parallel_
 EMPTY: dict[str, dict[str, Any]] = {"message": {"content": []}, "function_call": {"arguments": ""}}
 
 
-def chat_request(body: Any) -> dict[str, Any]:
+def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat request that asks the same.
 
     Raises:
         Refused: what is wrong with the body, or what it asks for and can't have.
     """
-    if not isinstance(body, Mapping):
-        raise Refused(400, "the body must be a JSON object", "invalid_body")
     for name in UNSUPPORTED:
         if body.get(name):
             raise Refused(400, f"{name} is not supported: send the whole input with each request", "unsupported")
@@ -56,35 +55,28 @@ def chat_request(body: Any) -> dict[str, Any]:
 def _messages(items: list[Any]) -> list[dict[str, Any]]:
     """The items as messages: an answer's reasoning, text and calls, which are items of their own, as one."""
     messages: list[dict[str, Any]] = []
-    answer: dict[str, Any] | None = None
 
-    def open_answer() -> dict[str, Any]:
-        nonlocal answer
-        if answer is None:
-            answer = {"role": "assistant", "content": None}
-            messages.append(answer)
-        return answer
+    def answer(*, anew: bool = False) -> dict[str, Any]:
+        if anew or not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": None})
+        return messages[-1]
 
     for place, item in enumerate(items):
         kind = item.get("type", "message") if isinstance(item, Mapping) else None
         if kind == "message" and item.get("role") == "assistant":
-            text = _content(item.get("content"))
-            if answer is not None and (answer["content"] is not None or "tool_calls" in answer):
-                answer = None
-            open_answer()["content"] = text
+            begun = answer()
+            spoken = begun["content"] is not None or "tool_calls" in begun
+            answer(anew=spoken)["content"] = _content(item.get("content"))
         elif kind == "function_call":
             function = {"name": item.get("name"), "arguments": item.get("arguments")}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
-            open_answer().setdefault("tool_calls", []).append(call)
+            answer().setdefault("tool_calls", []).append(call)
         elif kind == "reasoning":
-            answer = None
             parts = [*(item.get("content") or []), *(item.get("summary") or [])]
-            open_answer()["reasoning_content"] = "\n".join(part.get("text", "") for part in parts)
+            answer(anew=True)["reasoning_content"] = "\n".join(part.get("text", "") for part in parts)
         elif kind == "message":
-            answer = None
             messages.append({"role": item.get("role"), "content": _content(item.get("content"))})
         elif kind == "function_call_output":
-            answer = None
             output = _content(item.get("output"))
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
         else:
@@ -109,9 +101,10 @@ def _tool(tool: Any) -> dict[str, Any]:
     }
 
 
-def response(ref: str, model: str, said: Said, usage: Mapping[str, int], asked: Mapping[str, Any]) -> dict[str, Any]:
+def response(model: str, said: Said, usage: Mapping[str, int], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The answer as a ``response``."""
     message, output = said.message, []
+    ref = message[TURN_KEY]
     if thought := message.get("reasoning_content"):
         content = [{"type": "reasoning_text", "text": thought}]
         output.append({"type": "reasoning", "id": f"rs_{ref}", "summary": [], "content": content})
@@ -150,30 +143,30 @@ def response(ref: str, model: str, said: Said, usage: Mapping[str, int], asked: 
     }
 
 
-def events(body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The events of a stream that ends with this response: name and data of each."""
+def events(body: Mapping[str, Any]) -> Iterator[bytes]:
+    """The events of a stream that ends with this response."""
     numbers = itertools.count()
 
-    def event(kind: str, **data: Any) -> tuple[str, dict[str, Any]]:
-        return kind, {"type": kind, "sequence_number": next(numbers), **data}
+    def sent(kind: str, **data: Any) -> bytes:
+        return event({"type": kind, "sequence_number": next(numbers), **data}, kind)
 
     begun = {**body, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
-    yield event("response.created", response=begun)
-    yield event("response.in_progress", response=begun)
+    yield sent("response.created", response=begun)
+    yield sent("response.in_progress", response=begun)
     for index, item in enumerate(body["output"]):
         at = {"output_index": index, "item_id": item["id"]}
         empty = EMPTY.get(item["type"], {})
         status = {} if item["type"] == "reasoning" else {"status": "in_progress"}
-        yield event("response.output_item.added", output_index=index, item={**item, **empty, **status})
+        yield sent("response.output_item.added", output_index=index, item={**item, **empty, **status})
         if item["type"] == "message":
             part = item["content"][0]
             at_part = {**at, "content_index": 0}
-            yield event("response.content_part.added", **at_part, part={**part, "text": ""})
-            yield event("response.output_text.delta", **at_part, delta=part["text"], logprobs=[])
-            yield event("response.output_text.done", **at_part, text=part["text"], logprobs=[])
-            yield event("response.content_part.done", **at_part, part=part)
+            yield sent("response.content_part.added", **at_part, part={**part, "text": ""})
+            yield sent("response.output_text.delta", **at_part, delta=part["text"], logprobs=[])
+            yield sent("response.output_text.done", **at_part, text=part["text"], logprobs=[])
+            yield sent("response.content_part.done", **at_part, part=part)
         elif item["type"] == "function_call":
-            yield event("response.function_call_arguments.delta", **at, delta=item["arguments"])
-            yield event("response.function_call_arguments.done", **at, arguments=item["arguments"], name=item["name"])
-        yield event("response.output_item.done", output_index=index, item=item)
-    yield event(f"response.{body['status']}", response=dict(body))
+            yield sent("response.function_call_arguments.delta", **at, delta=item["arguments"])
+            yield sent("response.function_call_arguments.done", **at, arguments=item["arguments"], name=item["name"])
+        yield sent("response.output_item.done", output_index=index, item=item)
+    yield sent(f"response.{body['status']}", response=dict(body))

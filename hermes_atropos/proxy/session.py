@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -79,16 +78,16 @@ class Session:
 
     Args:
         managed: keeps what is sent and sampled; used by this session alone.
-        journal: where turns are kept on disk.
+        journal: where turns are kept on disk, until the trajectory is kept elsewhere.
     """
 
     def __init__(self, facts: Facts, managed: ExactManagedServer, journal: Journal) -> None:
         self.facts = facts
         self.managed = managed
         self.backend = managed.backend
+        self.journal = journal
         self.last_used = time.time()
         self.ended = False
-        self._journal = journal
         self._history = History()
         self._asked: dict[Turn, Sequence[Message]] = {}
         self._shown: dict[Turn, Message] = {}
@@ -104,20 +103,8 @@ class Session:
 
     def restore(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Take over the turns of a journal."""
-        for turn, asked, message in replay(entries, self.backend.ledger, self._journal):
+        for turn, asked, message in replay(entries, self.backend.ledger, self.journal):
             self._keep(turn, asked, message)
-
-    def check(self, authorization: str | None) -> None:
-        """Whether a request has this session's key.
-
-        Raises:
-            Refused: it hasn't.
-        """
-        key = self.facts.key
-        if key is not None and not hmac.compare_digest((authorization or "").encode(), f"Bearer {key}".encode()):
-            raise Refused(
-                401, "this session has another API key: send the one that it was created with", "invalid_api_key"
-            )
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The work's result; the end of the session cancels it."""
@@ -146,8 +133,7 @@ class Session:
         messages = self._history.recognise(ask.messages)
         before = len(self.backend.ledger.turns)
         try:
-            sampling = {name: value for name, value in ask.sampling.items() if name in SENT}
-            turns = await self._sampled(ask, messages, sampling)
+            turns = await self._sampled(ask, messages)
         except Exception as error:
             self._failure = error
             raise
@@ -161,13 +147,12 @@ class Session:
         prompt = turns[0].prompt_tokens
         return said, {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
 
-    async def _sampled(self, ask: Ask, messages: list[Message], sampling: Mapping[str, Any]) -> list[ModelTurn]:
+    async def _sampled(self, ask: Ask, messages: list[Message]) -> list[ModelTurn]:
         """The answers. Those without the call that must be there are thrown away, and asked for again."""
+        sampling = {name: value for name, value in ask.sampling.items() if name in SENT}
         turns: list[ModelTurn] = []
         for _ in range(DEMANDS):
-            missing = ask.n - len(turns)
-            drawn = await self.backend.sample_group(messages, ask.tools, **{**sampling, "n": missing})
-            for turn in drawn:
+            for turn in await self.backend.sample_group(messages, ask.tools, n=ask.n - len(turns), **sampling):
                 if ask.demanded and not {call.name for call in turn.calls if call.ok} & ask.demanded:
                     self.backend.ledger.discard(str(turn.ref), "it has not the call that tool_choice demands")
                 else:
@@ -196,7 +181,7 @@ class Session:
         for answer in said:
             turn = self.backend.ledger.turn(answer.message[TURN_KEY])
             self.backend.ledger.discard(turn.ref, "the client went away before it had the answer")
-            self._journal.discard(turn)
+            self.journal.discard(turn)
 
     async def end(self) -> None:
         """End what is under way, and take no more requests."""
@@ -206,10 +191,6 @@ class Session:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def close(self) -> None:
-        """Remove the journal; for when the trajectory is kept elsewhere."""
-        self._journal.close()
-
     def trajectory(self, stop_reason: StopReason | None = None) -> AgentResult:
         """What the rollout left so far; the messages are those of the conversation with the last answer.
 
@@ -217,19 +198,18 @@ class Session:
             stop_reason: why the session ended; by default its last answer, or the failure in place of one, tells.
         """
         turns = [turn for turn in self.backend.ledger.turns if turn in self._shown and turn.discarded is None]
-        messages = self._messages(turns[-1]) if turns else []
-        last = self._shown[turns[-1]] if turns else {}
-        if stop_reason is None:
-            stop_reason = self._stop_reason(turns[-1] if turns else None)
+        last = turns[-1] if turns else None
+        messages = self._messages(last)
+        stop_reason = stop_reason or self._stop_reason(last)
         answers = {m["tool_call_id"]: m for asked in self._asked.values() for m in asked if m.get("tool_call_id")}
         result = AgentResult(
             success=stop_reason is StopReason.COMPLETED,
-            final_response=str(last.get("content") or ""),
+            final_response=str(messages[-1].get("content") or "") if messages else "",
             steps=[self._step(number, turn, answers) for number, turn in enumerate(turns, start=1)],
             error=None if self._failure is None else str(self._failure),
             stop_reason=stop_reason,
             messages=messages,
-            tools=self._tools(turns[-1]) if turns else [],
+            tools=self._tools(last) if last else [],
             metadata={
                 "session": self.facts.id,
                 "requests": self._requests,
@@ -264,9 +244,9 @@ class Session:
 
     def _record(self, turn: Turn, messages: Sequence[Message], message: Message | None) -> None:
         asked = list(messages[len(messages) - turn.prompt.added :])
-        self._journal.turn(turn, asked, message)
+        self.journal.turn(turn, asked, message)
         if turn.discarded:
-            self._journal.discard(turn)
+            self.journal.discard(turn)
         self._keep(turn, asked, message)
 
     def _keep(self, turn: Turn, asked: Sequence[Message], message: Message | None) -> None:
@@ -276,12 +256,11 @@ class Session:
             self.backend.ledger.answered(turn, {key: message[key] for key in message if key != TURN_KEY})
             self._history.remember(turn, message, self.backend.ledger.answers(turn.prompt))
 
-    def _messages(self, turn: Turn) -> list[dict[str, Any]]:
+    def _messages(self, turn: Turn | None) -> list[dict[str, Any]]:
         parts: list[list[Message]] = []
-        node: Turn | None = turn
-        while node is not None:
-            parts.append([*self._asked[node], self._shown.get(node, {"role": "assistant", "content": ""})])
-            node = node.parent
+        while turn is not None:
+            parts.append([*self._asked[turn], self._shown.get(turn, {"role": "assistant", "content": ""})])
+            turn = turn.parent
         return [dict(message) for part in reversed(parts) for message in part]
 
     def _tools(self, turn: Turn) -> list[dict[str, Any]]:

@@ -129,7 +129,7 @@ class Sessions:
         result = session.trajectory(stop_reason)
         if path := self._path(session_id, "jsonl"):
             await asyncio.to_thread(write_record, result, path)
-            session.close()
+            session.journal.close()
         return result
 
     def restore(self) -> None:

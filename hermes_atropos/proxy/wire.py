@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from hermes_atropos.errors import (
     BackendError,
     BackendTimeoutError,
@@ -21,7 +23,7 @@ from hermes_atropos.errors import (
     TokenFidelityError,
 )
 from hermes_atropos.listening import Delta
-from hermes_atropos.messages import Message, Tool, call_function
+from hermes_atropos.messages import TURN_KEY, Message, Tool, call_function
 
 __all__ = ["Ask", "Chunks", "Refused", "Said", "completion", "error_body", "event", "read_request", "refusal_of"]
 
@@ -74,6 +76,8 @@ def refusal_of(error: BaseException) -> Refused:
     match error:
         case Refused():
             return error
+        case HTTPException():
+            return Refused(error.status_code, str(error.detail))
         case ContextLengthError():
             return Refused(400, f"This model's maximum context length is exceeded: {error}", "context_length_exceeded")
         case ConfigurationError():
@@ -132,14 +136,12 @@ class Ask:
         return self.n == 1 and not (self.stop or self.logprobs or self.demanded)
 
 
-def read_request(body: Any) -> Ask:
+def read_request(body: Mapping[str, Any]) -> Ask:
     """A request's body, looked at.
 
     Raises:
         Refused: what is wrong with it, or what it asks for and can't have.
     """
-    if not isinstance(body, Mapping):
-        raise Refused(400, "the body must be a JSON object", "invalid_body")
     for name in UNSUPPORTED:
         if body.get(name):
             raise Refused(
@@ -263,14 +265,14 @@ class Said:
         return {"content": content, "refusal": None}
 
 
-def completion(ref: str, model: str, said: Sequence[Said], usage: Mapping[str, int]) -> dict[str, Any]:
+def completion(model: str, said: Sequence[Said], usage: Mapping[str, int]) -> dict[str, Any]:
     """The answer as a ``chat.completion``."""
     choices = []
     for index, answer in enumerate(said):
         choice = {"index": index, "message": answer.message, "finish_reason": answer.finish_reason}
         choices.append(choice if answer.tokens is None else choice | {"logprobs": answer.logprobs})
     return {
-        "id": f"chatcmpl-{ref}",
+        "id": f"chatcmpl-{said[0].message[TURN_KEY]}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,
@@ -280,7 +282,7 @@ def completion(ref: str, model: str, said: Sequence[Said], usage: Mapping[str, i
 
 
 class Chunks:
-    """A stream's ``chat.completion.chunk``s: pieces of the first answer while it is sampled, and then what is left.
+    """A stream of ``chat.completion.chunk``s: pieces of the first answer while it is sampled, and then what is left.
 
     Args:
         usage: whether the last chunk has it.
@@ -296,7 +298,7 @@ class Chunks:
         self._usage = usage
         self._told = {"content": "", "reasoning_content": ""}
 
-    def piece(self, delta: Delta) -> Iterator[dict[str, Any]]:
+    def piece(self, delta: Delta) -> Iterator[bytes]:
         """A further piece of a text; calls come when they are whole."""
         if delta.kind == "call":
             return
@@ -306,7 +308,7 @@ class Chunks:
         self._told[key] += delta.text
         yield self._chunk(0, {key: delta.text})
 
-    def rest(self, said: Sequence[Said], usage: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    def rest(self, said: Sequence[Said], usage: Mapping[str, int]) -> Iterator[bytes]:
         """What the answers say beyond the pieces.
 
         Raises:
@@ -330,14 +332,12 @@ class Chunks:
             del message["role"]
             yield self._chunk(index, message, answer.finish_reason)
         if self._usage:
-            yield self._head | {"choices": [], "usage": usage}
+            yield event(self._head | {"choices": [], "usage": usage})
+        yield b"data: [DONE]\n\n"
 
-    def _chunk(
-        self, index: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Any = None
-    ) -> dict[str, Any]:
-        return self._head | {
-            "choices": [{"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}]
-        }
+    def _chunk(self, index: int, delta: Mapping[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+        return event(self._head | {"choices": [choice]})
 
 
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:

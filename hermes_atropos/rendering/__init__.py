@@ -8,6 +8,7 @@ from typing import Any
 
 from hermes_atropos.errors import ChatTemplateError, NoTokenizerError
 from hermes_atropos.rendering.bridge import TemplateRenderer
+from hermes_atropos.rendering.library import library_renderer
 from hermes_atropos.rendering.renderer import Renderer
 from hermes_atropos.toolcalls.formats import format_named
 
@@ -15,7 +16,7 @@ __all__ = ["Renderer", "TemplateRenderer", "renderer_for"]
 
 REMEMBERED_RENDERERS = 16
 # A renderer holds its tokenizer, so that no other can get its id while it is remembered.
-_renderers: OrderedDict[tuple[Any, ...], tuple[Any, Renderer]] = OrderedDict()
+_renderers: OrderedDict[tuple[Any, ...], Renderer] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -44,15 +45,13 @@ def renderer_for(tokenizer: Any, *, tool_format: str = "auto", **options: Any) -
     key = (id(tokenizer), repr(getattr(tokenizer, "chat_template", None)), tool_format, repr(sorted(options.items())))
     with _lock:
         if key not in _renderers:
-            _renderers[key] = (tokenizer, _make(tokenizer, tool_format, options))
+            _renderers[key] = _make(tokenizer, tool_format, options)
             if len(_renderers) > REMEMBERED_RENDERERS:
                 _renderers.popitem(last=False)
-        return _renderers[key][1]
+        return _renderers[key]
 
 
 def _make(tokenizer: Any, tool_format: str, options: dict[str, Any]) -> Renderer:
-    from hermes_atropos.rendering.library import library_renderer
-
     template = None
     if getattr(tokenizer, "chat_template", None):
         template = TemplateRenderer(tokenizer, tool_format=tool_format, options=options)

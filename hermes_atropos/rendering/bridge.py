@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from hermes_atropos.errors import ChatTemplateError
@@ -33,7 +32,7 @@ from hermes_atropos.rendering.layout import (
     Unproven,
 )
 from hermes_atropos.rendering.renderer import Renderer
-from hermes_atropos.toolcalls.formats import format_named
+from hermes_atropos.tokens import BreakCause
 
 __all__ = ["TemplateRenderer"]
 
@@ -55,21 +54,12 @@ class Shape(NamedTuple):
     roles: tuple[str, ...]
 
 
-class Verdict(Enum):
-    """Whether bridges of a shape are proven, and if not, whether that is because the template rewrites."""
-
-    PROVEN = auto()
-    UNPROVEN = auto()
-    REWRITTEN = auto()
-
-
 class TemplateRenderer(Renderer):
     """Renders with the tokenizer's own ``apply_chat_template``, and bridges where that is proven to be the same.
 
     ``render`` gives the ids of ``tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)``.
     What the template does not know is put into its terms first (see ``Dialect``): tools into the system prompt, tool
-    results and the system prompt into user messages, JSON arguments into objects. As in ``apply_chat_template``, the
-    text of a special token in a message becomes that token.
+    results and the system prompt into user messages, JSON arguments into objects.
 
     ``bridge`` renders a short synthetic conversation (a probe, a probe's answer, the new messages) and takes what
     stands after the answer's end token. It returns None unless all of this holds:
@@ -98,12 +88,11 @@ class TemplateRenderer(Renderer):
         names = sorted(self.encode.special, key=len, reverse=True)
         special = re.compile("|".join(re.escape(name) for name in names) or r"(?!)")
         self._template = template
-        told = "auto" if tool_format == "auto" else format_named(tool_format).name
         eos = getattr(tokenizer, "eos_token", None)
         self._layouts: dict[bool, Layout] = {}
         for with_tools in (False, True):
             try:
-                self._layouts[with_tools] = Layout(template, special, eos, with_tools=with_tools, tool_format=told)
+                self._layouts[with_tools] = Layout(template, special, eos, tool_format, with_tools=with_tools)
             except ChatTemplateError as error:  # a template for conversations with tools alone
                 if with_tools and not self._layouts:
                     raise ChatTemplateError(
@@ -111,9 +100,10 @@ class TemplateRenderer(Renderer):
                         "tokenizer.chat_template to one that renders a conversation"
                     ) from error
         self._check_ids()
-        self._verdicts: dict[Shape, Verdict] = {}
+        #: Why bridges of a shape are not proven; None where they are.
+        self._verdicts: dict[Shape, BreakCause | None] = {}
         layout = self._layout(True)
-        self.tool_format = layout.call_format() if told == "auto" else told
+        self.tool_format = layout.call_format() if tool_format == "auto" else tool_format
         self.reasoning_tags = layout.reasoning_tags
         ids = self.encode.special
         stops = {name for layout in self._layouts.values() for name in layout.stops} | ids.keys() & set(OTHER_ENDS)
@@ -154,12 +144,8 @@ class TemplateRenderer(Renderer):
         try:
             self._bridge(history, turn_ids, new_messages, tools)
         except Unproven as reason:
-            return reason.rewritten
+            return reason.cause is BreakCause.TEMPLATE
         return False
-
-    def opening(self, tools: Sequence[Tool] | None) -> str:
-        layout = self._layout(tools)
-        return layout.text(layout.context(system=False, after_tools=False))
 
     def _layout(self, tools: Any) -> Layout:
         try:
@@ -185,8 +171,7 @@ class TemplateRenderer(Renderer):
         if layout.dialect.reasoning and any(_stands_for_result(message) for message in (*history[:2], history[-2])):
             raise Unproven
         system, after_tools = history[0]["role"] in ("system", "developer"), before[0] == "tool"
-        context = layout.context(system=system, after_tools=after_tools)
-        prompt = layout.prompt(system=system, after_tools=after_tools)
+        context, prompt = layout.start(system=system, after_tools=after_tools)
         shape = Shape(
             tools=bool(tools),
             system=system,
@@ -197,13 +182,14 @@ class TemplateRenderer(Renderer):
         )
         if shape not in self._verdicts:
             self._verdicts[shape] = self._try(shape)
-        if self._verdicts[shape] is not Verdict.PROVEN:
-            raise Unproven(rewritten=self._verdicts[shape] is Verdict.REWRITTEN)
+        if cause := self._verdicts[shape]:
+            raise Unproven(cause)
         calls = _calls_of(history[-1], new_messages)
         if len(calls) > 1 and not layout.dialect.several_calls:
             raise Unproven
         turn = layout.turn(calls, thought=THOUGHT if shape.thought else None)
-        return self._after(turn_ids, self.encode(layout.tail(context, prompt, turn, new_messages)))
+        _, tail = layout.cut(context, prompt, turn, new_messages)
+        return self._after(turn_ids, self.encode(tail))
 
     def _after(self, turn_ids: Sequence[int], tail: list[int]) -> list[int]:
         """The ids of a tail after a turn: without the end token where the model sampled it."""
@@ -217,36 +203,31 @@ class TemplateRenderer(Renderer):
             raise Unproven
         return tail
 
-    def _try(self, shape: Shape) -> Verdict:
-        """Whether a long conversation goes on after such a turn as the shortest does, in text and in tokens."""
+    def _try(self, shape: Shape) -> BreakCause | None:
+        """Why a long conversation does not go on after such a turn as the shortest does; None if it does, in text and
+        in tokens."""
         layout = self._layout(shape.tools)
-        context = layout.context(system=shape.system, after_tools=shape.after_tools)
-        opening = layout.context(system=shape.system, after_tools=False)
+        context, prompt = layout.start(system=shape.system, after_tools=shape.after_tools)
+        opening = context[: 1 + shape.system]
         earlier = [*opening, *layout.step(EARLIER_CALLS[1:3]), layout.turn([], EARLIER), LATER_USER]
         if shape.after_tools:
             earlier += [*layout.step(EARLIER_CALLS[3:]), *layout.step(EARLIER_CALLS[:1])]
         try:
-            prompt, earlier_prompt = layout.text(context), layout.text(earlier)
+            earlier_prompt = layout.text(earlier)
             for number, content in enumerate(PROBE_CONTENTS):
                 calls = [PROBE_CALL, OTHER_CALL][: 1 + number % 2] if shape.calls else []
                 text = "atropos-probe-text" if calls and number % 2 else ""
                 turn = layout.turn(calls, thought=THOUGHT if shape.thought else None, text=text)
                 new_messages = [message for role in shape.roles for message in _probes(role, content, calls)]
-                tail = layout.tail(context, prompt, turn, new_messages)
-                whole = layout.text([*earlier, turn, *new_messages])
-                same = tail == layout.tail(earlier, earlier_prompt, turn, new_messages)
-                if (
-                    not same
-                    or MARK in tail
-                    or EARLIER_ID in tail
-                    or not self._encodes_apart(whole.removesuffix(tail), tail)
-                ):
-                    return Verdict.UNPROVEN
+                _, tail = layout.cut(context, prompt, turn, new_messages)
+                before, same = layout.cut(earlier, earlier_prompt, turn, new_messages)
+                if tail != same or MARK in tail or EARLIER_ID in tail or not self._encodes_apart(before, tail):
+                    return BreakCause.UNPROVABLE
         except ChatTemplateError:
-            return Verdict.UNPROVEN
+            return BreakCause.UNPROVABLE
         except Unproven as reason:
-            return Verdict.REWRITTEN if reason.rewritten else Verdict.UNPROVEN
-        return Verdict.PROVEN
+            return reason.cause
+        return None
 
     def _encodes_apart(self, head: str, tail: str) -> bool:
         """Whether the two have the same ids apart and together, the tail's first being the end token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -36,11 +37,14 @@ LATER_USER: Message = {"role": "user", "content": "atropos-probe-later-user"}
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
-def probe_call(value: str, *, arguments: Any = None, call_id: str = PROBE_ID, **message: Any) -> dict[str, Any]:
+def function_call(arguments: Any, *, name: str = PROBE_NAME, call_id: str = PROBE_ID) -> dict[str, Any]:
+    """An entry of ``tool_calls``."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def probe_call(value: str, **message: Any) -> dict[str, Any]:
     """An assistant message that calls the probe tool."""
-    function = {"name": PROBE_NAME, "arguments": {"value": value} if arguments is None else arguments}
-    calls = [{"id": call_id, "type": "function", "function": function}]
-    return {"role": "assistant", "content": "", "tool_calls": calls, **message}
+    return {"role": "assistant", "content": "", "tool_calls": [function_call({"value": value})], **message}
 
 
 def probe_result(content: str, *, call_id: str = PROBE_ID) -> dict[str, Any]:
@@ -69,11 +73,7 @@ class ChatTemplate:
     def __call__(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, *, open_turn: bool = True
     ) -> str:
-        """The conversation as the template writes it; ``open_turn`` adds what opens an assistant turn.
-
-        Raises:
-            ChatTemplateError: the template refuses it, for instance because its roles don't alternate.
-        """
+        """``template_text`` of a conversation."""
         return template_text(self._tokenizer, messages, tools, open_turn, **self.options)
 
     def shows(self, messages: Sequence[Message], *texts: str, tools: Sequence[Tool] | None = None) -> bool:
@@ -99,7 +99,7 @@ class Dialect:
         tool: it knows that role; else results are ``<tool_response>`` blocks in user messages.
         calls: it writes ``tool_calls``; else they are ``<tool_call>`` blocks in the content.
         several_calls: it writes more than one to a message; else each has a message, followed by its result.
-        object_arguments, text_arguments: it writes arguments that are an object, that are JSON text.
+        object_arguments: it writes arguments that are an object; else they are JSON text.
         blank: the content of a message that has calls alone.
         answered_calls: it writes content beside calls; else it leaves the content out.
         long_ids: it takes any call id; else only nine alphanumeric characters.
@@ -121,7 +121,6 @@ class Dialect:
     calls: bool
     several_calls: bool
     object_arguments: bool
-    text_arguments: bool
     blank: str | None
     answered_calls: bool
     long_ids: bool
@@ -136,7 +135,7 @@ class Dialect:
     example: str | None = None
 
     @classmethod
-    def learn(cls, template: ChatTemplate, *, with_tools: bool, tool_format: str = "auto") -> Dialect:
+    def learn(cls, template: ChatTemplate, *, with_tools: bool, tool_format: str) -> Dialect:
         """Probe a template, with tools or without (some tokenizers have another template where there are tools).
 
         A template that does not describe the tools may write calls all the same: they count if they are read, as
@@ -151,50 +150,41 @@ class Dialect:
             raise ChatTemplateError("The chat template leaves out what the user says: is it the model's own?")
         answer = {"role": "assistant", "content": "probe-answer"}
         template([USER, answer, LATER_USER], tools)
+        shows = functools.partial(template.shows, tools=tools)
 
-        def shows(messages: Sequence[Message], *texts: str) -> bool:
-            return template.shows(messages, *texts, tools=tools)
-
-        def writes_call(arguments: Any, content: str | None) -> bool:
-            call = probe_call("", arguments=arguments, content=content)
-            value = arguments if isinstance(arguments, str) else "probe-value"
-            # A template that wants text may write an object as Python does.
-            return shows([USER, call], value) and not shows([USER, call], "'probe-value'")
-
-        def reads_call(arguments: Any, content: str | None) -> bool:
+        def reads(call: Message) -> bool:
             try:
-                written = template([USER, probe_call("", arguments=arguments, content=content)], open_turn=False)
+                written = template([USER, call], open_turn=False)
             except ChatTemplateError:  # it wants a turn to be opened
                 return False
             format = format_reading(written, lambda read: any(map(_is_probe_call, read.calls)), [PROBE_TOOL])
             return format is not None and tool_format in ("auto", format.name)
 
         def calls_with(arguments: Any, content: str | None) -> bool:
-            known = describes or not with_tools
-            return writes_call(arguments, content) and (known or reads_call(arguments, content))
+            call = {"role": "assistant", "content": content, "tool_calls": [function_call(arguments)]}
+            value = arguments if isinstance(arguments, str) else "probe-value"
+            # A template that wants text may write an object as Python does.
+            writes = shows([USER, call], value) and not shows([USER, call], "'probe-value'")
+            return writes and (describes or not with_tools or reads(call))
 
+        values = [{"value": "probe-value"}, {"value": "probe-second"}]
         as_object, as_text, blank = False, False, None
         for blank in ("", None):
-            as_object = calls_with({"value": "probe-value"}, blank)
-            as_text = calls_with('{"value": "probe-value"}', blank)
+            as_object = calls_with(values[0], blank)
+            as_text = calls_with(json.dumps(values[0]), blank)
             if as_object or as_text:
                 break
         calls = as_object or as_text
-        arguments = {"value": "probe-value"} if as_object else '{"value": "probe-value"}'
+        first, second = (value if as_object else json.dumps(value) for value in values)
 
         def call(**message: Any) -> dict[str, Any]:
-            made = probe_call("", arguments=arguments, **{"content": blank, **message})
+            made = {"role": "assistant", "content": blank, "tool_calls": [function_call(first)], **message}
             return made if calls else {"role": "assistant", "content": "probe-call"}
 
-        def second() -> dict[str, Any]:
-            other = json.loads(json.dumps(call()).replace("probe-value", "probe-second").replace(PROBE_ID, "probe0002"))
-            return {**call(), "tool_calls": [*call()["tool_calls"], *other["tool_calls"]]}
-
-        def renamed() -> dict[str, Any]:
-            made: dict[str, Any] = json.loads(json.dumps(call()).replace(PROBE_NAME, "probe-other-name"))
-            return made
-
         result, long_id = probe_result("probe-result"), f"call_{PROBE_ID:0>24}"
+        long, renamed = function_call(first, call_id=long_id), function_call(first, name="probe-other-name")
+        two_calls = [function_call(first), function_call(second, call_id="probe0002")]
+        part = {"role": "user", "content": [{"type": "text", "text": "probe-part"}]}
         reasoning = next(
             (
                 key
@@ -211,21 +201,19 @@ class Dialect:
             developer="developer" in template.source,
             tool=shows([USER, call(), result], "probe-result"),
             calls=calls,
-            several_calls=not calls or shows([USER, second()], "probe-value", "probe-second"),
+            several_calls=not calls or shows([USER, call(tool_calls=two_calls)], "probe-value", "probe-second"),
             object_arguments=as_object,
-            text_arguments=as_text,
             blank=blank,
             answered_calls=not calls
             or shows([USER, call(content="probe-answer"), result], "probe-value", "probe-answer"),
-            long_ids=shows([USER, call(call_id=long_id), probe_result("probe-result", call_id=long_id)]),
+            long_ids=shows([USER, call(tool_calls=[long]), probe_result("probe-result", call_id=long_id)]),
             reasoning=reasoning,
             reasoned_calls=shows([USER, both, result]),
-            parts=shows([{"role": "user", "content": [{"type": "text", "text": "probe-part"}]}], "probe-part")
-            and not shows([{"role": "user", "content": [{"type": "text", "text": "probe-part"}]}], "'probe-part'"),
+            parts=shows([part], "probe-part") and not shows([part], "'probe-part'"),
             repeated_user=shows([USER, LATER_USER]),
             user_after_tool=shows([USER, call(), result, LATER_USER]),
             stray_results=shows([USER, answer, result, answer, LATER_USER], "probe-result"),
-            named_ids=calls and not shows([USER, renamed()], "probe-other-name"),
+            named_ids=calls and not shows([USER, call(tool_calls=[renamed])], "probe-other-name"),
             thinks_in_content=not reasoning
             and shows([USER, {**answer, "content": think("probe-thought", "probe-answer")}], "probe-thought"),
         )
@@ -273,27 +261,12 @@ class Dialect:
 
     def _plain_answer(self, message: Message, content: Any) -> dict[str, Any]:
         plain = {"role": "assistant", "content": content}
-        calls = [call_function(call) for call in message.get("tool_calls") or ()]
-        ids = [call.get("id") for call in message.get("tool_calls") or ()]
+        calls = message.get("tool_calls") or ()
         if calls and self.calls:
             plain["content"] = content or self.blank
-            plain["tool_calls"] = [
-                {
-                    **({"id": self.call_id(call_id)} if call_id else {}),
-                    "type": "function",
-                    "function": {"name": call.get("name"), "arguments": self._arguments(call.get("arguments"))},
-                }
-                for call_id, call in zip(ids, calls, strict=True)
-            ]
+            plain["tool_calls"] = [self._plain_call(call) for call in calls]
         elif calls:
-            blocks = [
-                call[SAMPLED_KEY]
-                if SAMPLED_KEY in call
-                else tool_call_block(function.get("name"), function.get("arguments"))
-                for call, function in zip(message["tool_calls"], calls, strict=True)
-            ]
-            blocks = [block for block in blocks if block]
-            plain["content"] = "\n".join([content, *blocks] if content else blocks)
+            plain["content"] = "\n".join(filter(None, [content, *map(_call_text, calls)]))
         reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
         if reasoning and self.thinks_in_content:
             plain["content"] = think(reasoning, plain["content"] or "")
@@ -303,6 +276,12 @@ class Dialect:
                 plain[self.reasoning] = f"{reasoning}\n\n{content}"
                 plain["content"] = self.blank
         return plain
+
+    def _plain_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = call_function(call)
+        called = {"name": function.get("name"), "arguments": self._arguments(function.get("arguments"))}
+        told = {"id": self.call_id(call["id"])} if call.get("id") else {}
+        return {**told, "type": "function", "function": called}
 
     def _arguments(self, arguments: Any) -> Any:
         if isinstance(arguments, str) and self.object_arguments:
@@ -324,6 +303,14 @@ class Dialect:
 
 def _is_probe_call(call: ToolCall) -> bool:
     return call.ok and (call.name, call.arguments) == (PROBE_NAME, {"value": "probe-value"})
+
+
+def _call_text(call: Mapping[str, Any]) -> Any:
+    """A call as it stands in a content: as it was sampled, where that is known."""
+    if SAMPLED_KEY in call:
+        return call[SAMPLED_KEY]
+    function = call_function(call)
+    return tool_call_block(function.get("name"), function.get("arguments"))
 
 
 def _called_names(messages: Sequence[Message]) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from hermes_atropos.rendering.dialect import (
     USER,
     ChatTemplate,
     Dialect,
+    function_call,
     probe_result,
     think,
 )
+from hermes_atropos.tokens import BreakCause
 from hermes_atropos.toolcalls import ParsedText
 from hermes_atropos.toolcalls.formats import FORMATS, REASONING_TAGS, Format, format_marked, format_reading
 
@@ -42,11 +44,11 @@ EARLIER_CALLS = [{"id": f"{EARLIER_ID}{number}", "name": EARLIER} for number in 
 
 
 class Unproven(Exception):
-    """A bridge that can't be proven; ``rewritten`` if because the template changes what it wrote before."""
+    """A bridge that can't be proven; ``cause`` is ``TEMPLATE`` where the template changes what it wrote before."""
 
-    def __init__(self, *, rewritten: bool = False) -> None:
-        super().__init__()
-        self.rewritten = rewritten
+    def __init__(self, cause: BreakCause = BreakCause.UNPROVABLE) -> None:
+        super().__init__(cause)
+        self.cause = cause
 
 
 class TurnEnd(NamedTuple):
@@ -78,27 +80,20 @@ class Layout:
     """
 
     def __init__(
-        self,
-        template: ChatTemplate,
-        special: re.Pattern[str],
-        eos: str | None,
-        *,
-        with_tools: bool,
-        tool_format: str = "auto",
+        self, template: ChatTemplate, special: re.Pattern[str], eos: str | None, tool_format: str, *, with_tools: bool
     ) -> None:
         self.template = template
         self.dialect = Dialect.learn(template, with_tools=with_tools, tool_format=tool_format)
         self._tools = [PROBE_TOOL] if with_tools else None
         self._special = special
         self._eos = eos
-        self._prompts: dict[tuple[bool, bool], str] = {}
+        self._starts: dict[tuple[bool, bool], tuple[list[Message], str]] = {}
         self.reasoning_tags = self._find_reasoning_tags()
         self.ends: dict[bool, TurnEnd] = {}
         self.stops: set[str] = set()
         for calls in (False, True):
             self._find_end(calls)
-        context = self.context(system=False, after_tools=False)
-        opening = self.text(context)[len(self.text(context, open_turn=False)) :]
+        opening = self.text([USER])[len(self.text([USER], open_turn=False)) :]
         self.stops -= {*self._find_inner(), *special.findall(opening)}
         if with_tools and self.dialect.calls and not self.dialect.tools:
             self.dialect = replace(self.dialect, example=self._example())
@@ -112,17 +107,18 @@ class Layout:
         """Whether a sampled turn holds reasoning."""
         return any(tag in text for tag in self.reasoning_tags)
 
-    def context(self, *, system: bool, after_tools: bool) -> list[Message]:
-        """The shortest conversation that a turn can follow."""
-        messages = [SYSTEM, USER] if system else [USER]
-        return [*messages, *self.step(EARLIER_CALLS[:1])] if after_tools else messages
+    def start(self, *, system: bool, after_tools: bool) -> tuple[list[Message], str]:
+        """The shortest conversation that a turn can follow, and what the template writes of it.
 
-    def prompt(self, *, system: bool, after_tools: bool) -> str:
-        """What the template writes of such a context. It is remembered, but not by a template that writes the time."""
+        That is remembered, but not of a template that writes the time.
+        """
         key = system, after_tools
-        if key not in self._prompts or "strftime_now" in self.template.source:
-            self._prompts[key] = self.text(self.context(system=system, after_tools=after_tools))
-        return self._prompts[key]
+        if key not in self._starts or "strftime_now" in self.template.source:
+            context = [SYSTEM, USER] if system else [USER]
+            if after_tools:
+                context += self.step(EARLIER_CALLS[:1])
+            self._starts[key] = context, self.text(context)
+        return self._starts[key]
 
     def step(self, calls: Sequence[Message]) -> list[Message]:
         """An earlier turn that called tools, and their results."""
@@ -136,11 +132,7 @@ class Layout:
         if calls:
             values = [*[EARLIER] * (len(calls) - 1), answer]
             made = [
-                {
-                    "id": call["id"],
-                    "type": "function",
-                    "function": {"name": call["name"], "arguments": {"value": value}},
-                }
+                function_call({"value": value}, name=call["name"], call_id=call["id"])
                 for call, value in zip(calls, values, strict=True)
             ]
             message |= {"content": text, "tool_calls": made if self.dialect.several_calls else made[-1:]}
@@ -150,8 +142,11 @@ class Layout:
             message["content"] = think(thought, message["content"])
         return message
 
-    def tail(self, context: Sequence[Message], prompt: str, turn: Message, new_messages: Sequence[Message]) -> str:
-        """What the template writes from the end token of ``turn`` on; ``prompt`` is what it wrote of the context.
+    def cut(
+        self, context: Sequence[Message], prompt: str, turn: Message, new_messages: Sequence[Message]
+    ) -> tuple[str, str]:
+        """What the template writes up to the end token of ``turn`` and from it on; ``prompt`` is what it wrote of the
+        context.
 
         Raises:
             Unproven: it changes the prompt, leaves out the turn's reasoning, or can't be read.
@@ -162,13 +157,13 @@ class Layout:
             raise Unproven from None
         thinking = THOUGHT in str(turn.values())
         if not _without_space(head).startswith(_without_space(prompt)) or (thinking and THOUGHT not in head):
-            raise Unproven(rewritten=True)
+            raise Unproven(BreakCause.TEMPLATE)
         end = self.ends.get("tool_calls" in turn)
         call_id = self.dialect.call_id(turn["tool_calls"][-1]["id"]) if "tool_calls" in turn else ""
         place = end.find(rest, call_id) if end and found else None
         if place is None:
             raise Unproven
-        return rest[place:]
+        return head + ANSWER + rest[:place], rest[place:]
 
     def call_format(self) -> str:
         """The format in which calls are written.
@@ -217,9 +212,8 @@ class Layout:
 
         Where it can't be made out what ends that turn, there is more than one possibility.
         """
-        context = self.context(system=False, after_tools=False)
-        text = self.text([*context, self.turn([PROBE_CALL], thought=None)], open_turn=False)
-        said = text[_same_until(text, self.text(context)) :]
+        text = self.text([USER, self.turn([PROBE_CALL], thought=None)], open_turn=False)
+        said = text[_same_until(text, self.text([USER])) :]
         head, answer, rest = said.partition(ANSWER)
         end = self.ends.get(True)
         if end is not None and (place := end.find(rest, self.dialect.call_id(PROBE_ID))) is not None:
@@ -230,11 +224,10 @@ class Layout:
     def _find_end(self, calls: bool) -> None:
         """Compare a conversation that a turn ends with one that goes on after it."""
         turn = self.turn([PROBE_CALL] if calls else [], thought=None)
-        context = self.context(system=False, after_tools=False)
         following = probe_result(EARLIER) if calls else LATER_USER
         try:
-            last = self.text([*context, turn], open_turn=False).partition(ANSWER)[2]
-            then = self.text([*context, turn, following]).partition(ANSWER)[2]
+            last = self.text([USER, turn], open_turn=False).partition(ANSWER)[2]
+            then = self.text([USER, turn, following]).partition(ANSWER)[2]
         except ChatTemplateError:
             return
         marks = list(self._special.finditer(last))
@@ -268,22 +261,19 @@ class Layout:
     def _find_reasoning_tags(self) -> tuple[str, str]:
         if not self.dialect.reasoning:
             return REASONING_TAGS
-        context = self.context(system=False, after_tools=False)
         answer, call = self.turn([], thought=THOUGHT), self.turn([PROBE_CALL], thought=THOUGHT)
         heads: list[str] = []
-        closings: dict[int, str] = {}
-        for number, (messages, open_turn) in enumerate(
-            [([answer], True), ([answer], False), ([call, probe_result(EARLIER)], True)]
-        ):
+        closings: dict[bool, str] = {}
+        for messages, open_turn in [([answer], True), ([answer], False), ([call, probe_result(EARLIER)], True)]:
             try:
-                head, found, rest = self.text([*context, *messages], open_turn=open_turn).partition(THOUGHT)
+                head, found, rest = self.text([USER, *messages], open_turn=open_turn).partition(THOUGHT)
             except ChatTemplateError:
                 continue
             if found:
                 heads.append(head)
-                closings[number // 2] = rest.partition(ANSWER)[0]
+                closings["tool_calls" in messages[0]] = rest.partition(ANSWER)[0]
         if len(closings) == 2:  # what follows reasoning, whether that is an answer or a call
-            closing = closings[0][: _same_until(*closings.values())].strip()
+            closing = closings[False][: _same_until(*closings.values())].strip()
         else:
             [closing] = closings.values() or [""]
             first = FIRST_TAG.match(closing)
@@ -293,8 +283,7 @@ class Layout:
 
     def _opening_at_the_end(self, head: str, closing: str) -> str:
         """What opens reasoning, from a text up to it; empty where that can't be told."""
-        context = self.context(system=False, after_tools=False)
-        opened = self.text(context)
+        opened = self.text([USER])
         own = head[_same_until(head, opened) :].strip()
         rest = opened.removeprefix(head.rstrip()).strip()
         if own or (rest and not rest.startswith(closing)):
@@ -303,10 +292,10 @@ class Layout:
         line = head.rstrip().rpartition("\n")[2]
         tag = line[max(line.rfind("<"), 0) :].strip()
         try:
-            answer = self.text([*context, self.turn([], thought=None), LATER_USER], open_turn=False)
+            answer = self.text([USER, self.turn([], thought=None), LATER_USER], open_turn=False)
         except ChatTemplateError:
             return ""
-        return "" if tag in answer[len(self.text(context, open_turn=False)) :] else tag
+        return "" if tag in answer[len(self.text([USER], open_turn=False)) :] else tag
 
 
 FIRST_TAG = re.compile(r"\s*(?:<[^<>]*>|\[[^\[\]]*\])")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -91,11 +92,10 @@ class LibraryRenderer(Renderer):
         # The library looks at the end of the prompt alone, for what that opened: a short one with that end will do.
         context = [USER, probe_call(""), probe_result("")] if history[-2]["role"] == "tool" else [USER]
         try:
-            before = [*self.render_by_library(context), *turn_ids]
+            prompt = self.render_by_library(context)
+            before = [*prompt, *turn_ids]
             plain = self._plain(new_messages, tools, after=history[-1:])
-            bridged = self._library.bridge_to_next_turn(
-                before[: len(before) - len(turn_ids)], list(turn_ids), plain, tools=_plain_tools(tools)
-            )
+            bridged = self._library.bridge_to_next_turn(prompt, list(turn_ids), plain, tools=_plain_tools(tools))
         except Exception:
             logger.debug("The renderers library could not bridge", exc_info=True)
             bridged = None
@@ -112,14 +112,7 @@ class LibraryRenderer(Renderer):
     ) -> bool:
         return self._template is not None and self._template.rewrites(history, turn_ids, new_messages, tools)
 
-    def parse(
-        self,
-        output_ids: Sequence[int],
-        tools: Sequence[Tool] | None = None,
-        prompt_ids: Sequence[int] | None = None,
-    ) -> ParsedText:
-        if prompt_ids is None:
-            prompt_ids = self.render_by_library([USER])
+    def parse(self, output_ids: Sequence[int], tools: Sequence[Tool] | None, prompt_ids: Sequence[int]) -> ParsedText:
         parsed = self._library.parse_response(
             list(output_ids), tools=_plain_tools(tools), prompt_ids=list(prompt_ids[-PROMPT_END:])
         )
@@ -165,12 +158,10 @@ def library_renderer(
         logger.info("The renderers library knows %s, but not with this tokenizer: %s", model, error)
         return None
     renderer = LibraryRenderer(library, name, tokenizer, template)
-    if template:
-        for messages in PROBES:
-            for tools in (None, [PROBE_TOOL]):
-                if not _same(renderer, template, messages, tools):
-                    logger.info("The chat template of %s is not the one that the renderers library knows", model)
-                    return None
+    probes = itertools.product(PROBES, (None, [PROBE_TOOL]))
+    if template and not all(_same(renderer, template, *probe) for probe in probes):
+        logger.info("The chat template of %s is not the one that the renderers library knows", model)
+        return None
     return renderer
 
 

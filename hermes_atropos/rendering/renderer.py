@@ -75,24 +75,18 @@ class Renderer(ABC):
         """Whether ``bridge`` gives None because the template changes what stands before the new messages."""
         return False
 
-    def parse(
-        self,
-        output_ids: Sequence[int],
-        tools: Sequence[Tool] | None = None,
-        prompt_ids: Sequence[int] | None = None,
-    ) -> ParsedText:
+    def parse(self, output_ids: Sequence[int], tools: Sequence[Tool] | None, prompt_ids: Sequence[int]) -> ParsedText:
         """Content, reasoning and tool calls of a sampled turn.
 
         Args:
             output_ids: ``[output_len] int``, as sampled.
             tools: the tools that were offered.
-            prompt_ids: what they were sampled after; its end tells whether the prompt opened the reasoning. Without it,
-                what the template does after a user message is taken for granted.
+            prompt_ids: what they were sampled after; its end tells whether the prompt opened the reasoning.
         """
         end = len(output_ids)
         while end and output_ids[end - 1] in self.stop_token_ids:
             end -= 1
-        prompt = self.opening(tools) if prompt_ids is None else self.decode(prompt_ids[-OPENING_TOKENS:])
+        prompt = self.decode(prompt_ids[-OPENING_TOKENS:])
         return parse_text(
             self.decode(output_ids[:end]),
             format=self.tool_format,
@@ -101,14 +95,16 @@ class Renderer(ABC):
             reasoning_tags=self.reasoning_tags,
         )
 
-    def opening(self, tools: Sequence[Tool] | None) -> str:
-        """What the template writes before an answer to a user message; empty where that is unknown."""
-        return ""
-
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """What each token says."""
         return Vocabulary(self.tokenizer)
+
+    @functools.cached_property
+    def vocab_size(self) -> int | None:
+        """One more than the tokenizer's largest id; None if it can't tell."""
+        known = hasattr(self.tokenizer, "get_vocab") and hasattr(self.tokenizer, "__len__")
+        return max(self.tokenizer.get_vocab().values()) + 1 if known else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from hermes_atropos.errors import ChatTemplateError, NoTokenizerError
 from hermes_atropos.messages import TURN_KEY, Message, Tool
 
-__all__ = ["Vocabulary", "decode", "load_tokenizer", "own_tokenizer", "template_text", "vocab_size"]
+__all__ = ["Vocabulary", "decode", "load_tokenizer", "own_tokenizer", "template_text"]
 
 #: From so many characters or tokens on, the batch methods of the tokenizers library are used: they give up the
 #: interpreter lock, which for a shorter text takes longer to get back than the work takes.
@@ -50,18 +49,6 @@ def own_tokenizer(server: Any) -> Any:
     if named is None:
         raise NoTokenizerError(f"{type(server).__name__} has no tokenizer and names none: pass tokenizer=")
     return load_tokenizer(named)
-
-
-_VOCAB_SIZES: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-
-
-def vocab_size(tokenizer: Any) -> int | None:
-    """One more than the tokenizer's largest id; None if it can't tell."""
-    if not (hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "__len__")):
-        return None
-    if tokenizer not in _VOCAB_SIZES:
-        _VOCAB_SIZES[tokenizer] = max(tokenizer.get_vocab().values()) + 1
-    return _VOCAB_SIZES[tokenizer]
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -130,11 +117,10 @@ def template_text(
     """The messages as the tokenizer's chat template writes them; ``open_turn`` adds what opens an assistant turn.
 
     Raises:
-        ChatTemplateError: the tokenizer has no template, or it refuses the messages.
+        ChatTemplateError: the tokenizer has no template, or it refuses the messages, for instance because their roles
+            don't alternate.
     """
-    plain = [dict(message) for message in messages]
-    for message in plain:
-        message.pop(TURN_KEY, None)
+    plain = [{key: value for key, value in message.items() if key != TURN_KEY} for message in messages]
     if tools:  # a template that knows no tools may not even have the argument
         options["tools"] = [dict(tool) for tool in tools]
     try:

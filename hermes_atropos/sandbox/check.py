@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,14 +67,8 @@ def run_check(
     limit_bytes: int = LIMIT_BYTES,
     beside: bool = False,
 ) -> CommandResult:
-    """Run a verifier's command in ``sandbox``, a text in a new shell. See ``Task.check``, and ``Task.terminal``, which
-    has no ``files``.
-
-    Raises:
-        ConfigurationError: a file of the verifier's is missing, or its name leads out of the check's own folder.
-        FileTooLargeError: the workspace is too large to copy.
-        FileNotFoundError, UnsafePathError: the workspace is gone, has been replaced, or can't be copied.
-        SandboxError: the program can't be started.
+    """Run a verifier's command in ``sandbox``, a text in a new shell. ``Task.check`` says what it takes and raises;
+    ``Task.terminal`` has no ``files``.
     """
     argv = ["bash", "--noprofile", "--norc", "-c", command] if isinstance(command, str) else list(command)
     folder = hidden_folder()
@@ -128,9 +122,7 @@ def run_here(check: Check, *, path: str, mark: str, stopped: Callable[[], bool])
     os.close(open_workspace(check.workspace))
     began, limit, output = time.monotonic(), None, bytearray()
     reader, writer = os.pipe()
-    with open(reader, "rb", buffering=0), contextlib.ExitStack() as at_end:
-        process = started(check, path, mark, writer)
-        at_end.callback(ended, process, mark, check)
+    with open(reader, "rb", buffering=0), started(check, path, mark, writer) as process:
         poll, is_open = select.poll(), True
         poll.register(reader, select.POLLIN)
         while limit is None and process.poll() is None and not stopped():
@@ -154,8 +146,9 @@ def run_here(check: Check, *, path: str, mark: str, stopped: Callable[[], bool])
     return CommandResult(text, code, time.monotonic() - began, limit)
 
 
-def started(check: Check, path: str, mark: str, output: int) -> subprocess.Popen[bytes]:
-    """Its process; ``output`` is closed here."""
+@contextlib.contextmanager
+def started(check: Check, path: str, mark: str, output: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Its process, ended after the block with what must not outlive it. ``output`` is closed here."""
     home = str(check.home)
     env = {
         "PATH": os.pathsep.join(folder for folder in path.split(os.pathsep) if os.path.isabs(folder)),
@@ -168,7 +161,7 @@ def started(check: Check, path: str, mark: str, output: int) -> subprocess.Popen
         MARKER: mark,
     }
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             check.command,
             cwd=check.files or check.workspace,
             env=env,
@@ -181,14 +174,13 @@ def started(check: Check, path: str, mark: str, output: int) -> subprocess.Popen
         raise SandboxError(f"The verifier's program {check.command[0]!r} can't be started: {error}") from error
     finally:
         os.close(output)
-
-
-def ended(process: subprocess.Popen[bytes], mark: str, check: Check) -> None:
-    """End what must not outlive the program, and the program itself where it still runs."""
-    running = process.poll() is None
-    if running:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if running or check.files is not None:
-        kill_processes(mark, check.home.parent)
+    try:
+        yield process
+    finally:
+        running = process.poll() is None
+        if running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if running or check.files is not None:
+            kill_processes(mark, check.home.parent)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
-import itertools
 import logging
 import os
 import secrets
@@ -40,9 +39,7 @@ ENTRY = getattr(os, "O_PATH", os.O_NONBLOCK | os.O_NOCTTY) | os.O_NOFOLLOW | os.
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 KINDS = {
-    stat.S_IFREG: "a file",
     stat.S_IFDIR: "a folder",
-    stat.S_IFLNK: "a link",
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -191,6 +188,15 @@ def readable(found: int) -> int:
     return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC) if hasattr(os, "O_PATH") else os.dup(found)
 
 
+@contextlib.contextmanager
+def kept_open(descriptor: int) -> Iterator[int]:
+    """``descriptor``, closed after the block."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 # ── Copies ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -203,11 +209,8 @@ def copy_folder(workspace: Path, target: Path) -> None:
         FileTooLargeError: the workspace holds more than ``COPY_BYTES`` or ``COPY_ENTRIES``.
         UnsafePathError: its folders are nested deeper than ``DEPTH``.
     """
-    root = open_workspace(workspace)
-    try:
+    with kept_open(open_workspace(workspace)) as root:
         Copy(mount_of(root), COPY_BYTES, COPY_ENTRIES).folder(root, target, 0)
-    finally:
-        os.close(root)
 
 
 @dataclass
@@ -222,21 +225,16 @@ class Copy:
         if depth > DEPTH:
             raise UnsafePathError(f"The workspace has more than {DEPTH} folders in one another")
         target.mkdir()
-        listed = readable(folder)
-        try:
-            with os.scandir(listed) as entries:
-                for entry in entries:
-                    self.entry(entry.name, folder, target / entry.name, depth)
-        finally:
-            os.close(listed)
+        with kept_open(readable(folder)) as listed, os.scandir(listed) as entries:
+            for entry in entries:
+                self.entry(entry.name, folder, target / entry.name, depth)
         target.chmod(0o555)
 
     def entry(self, name: str, folder: int, target: Path, depth: int) -> None:
         self.entries_left -= 1
         if self.entries_left < 0:
             raise FileTooLargeError(f"The workspace has more than {COPY_ENTRIES:,} files and folders")
-        found = open_entry(name, folder, name)
-        try:
+        with kept_open(open_entry(name, folder, name)) as found:
             if mount_of(found) != self.mount:
                 return
             if kind(found) == stat.S_IFDIR:
@@ -245,8 +243,6 @@ class Copy:
                 self.file(found, target)
             elif kind(found) == stat.S_IFLNK and stays_within(link := os.readlink("", dir_fd=found), depth):
                 target.symlink_to(link)
-        finally:
-            os.close(found)
 
     def file(self, found: int, target: Path) -> None:
         status = os.fstat(found)
@@ -305,10 +301,9 @@ def remove_folder(folder: Path) -> None:
         top = os.open(folder.name, FOLDER, dir_fd=parent)
         held.callback(os.close, top)
         waiting: list[str] = []
-        names = (f".{secrets.token_hex(8)}" for _ in itertools.repeat(None))
 
         def move(name: str, inside: int) -> None:
-            moved = next(names)
+            moved = f".{secrets.token_hex(8)}"
             try:
                 os.rename(name, moved, src_dir_fd=inside, dst_dir_fd=top)
             except PermissionError:
@@ -332,11 +327,8 @@ def remove_folder(folder: Path) -> None:
         while waiting:
             name = waiting.pop()
             with noted(failures, folder / name):
-                inside = open_moved(name, top)
-                try:
+                with kept_open(open_moved(name, top)) as inside:
                     clear(inside, folder / name)
-                finally:
-                    os.close(inside)
                 os.rmdir(name, dir_fd=top)
         os.rmdir(folder.name, dir_fd=parent)
     if failures:
@@ -360,13 +352,10 @@ def make_accessible(name: str, folder: int) -> None:
     Raises:
         OSError: something is mounted on it (``EBUSY``).
     """
-    found = os.open(name, ENTRY | os.O_DIRECTORY, dir_fd=folder)
-    try:
+    with kept_open(os.open(name, ENTRY | os.O_DIRECTORY, dir_fd=folder)) as found:
         if mount_of(found) != mount_of(folder):
             raise OSError(errno.EBUSY, "Something is mounted here: unmount it, then remove the folder", name)
         os.chmod(f"/proc/self/fd/{found}" if hasattr(os, "O_PATH") else found, 0o700)
-    finally:
-        os.close(found)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,8 @@ from hermes_atropos.sandbox.shell import COMMAND, SCRIPTS, Launcher
 
 __all__ = ["FolderLauncher", "Folders"]
 
-_open_tasks: set[str] = set()
-_in_use: dict[Path, str] = {}
+#: The open tasks, and the workspace that each keeps to itself.
+_open_tasks: dict[str, Path | None] = {}
 _lock = threading.Lock()
 
 
@@ -46,8 +46,7 @@ class Folders:
     def __init__(self, task_id: str, workspace: str | os.PathLike[str] | None, *, copy: bool, private: bool) -> None:
         source = None if workspace is None else existing_folder(workspace)
         self._task_id = task_id
-        self._claimed = source if private and not copy else None
-        claim(task_id, self._claimed)
+        claim(task_id, source if private and not copy else None)
         self._mark = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self.variables = {MARKER: self._mark}
         self.root: Path | None = None
@@ -83,9 +82,7 @@ class Folders:
     def remove(self) -> None:
         """Remove the folders that were made; the task's name and its workspace are free again."""
         with _lock:
-            _open_tasks.discard(self._task_id)
-            if self._claimed is not None:
-                _in_use.pop(self._claimed, None)
+            _open_tasks.pop(self._task_id, None)
         if self.root is not None:
             remove_folder(self.root.parent)
 
@@ -152,11 +149,9 @@ def claim(task_id: str, workspace: Path | None) -> None:
     with _lock:
         if task_id in _open_tasks:
             raise SandboxError(f"Task {task_id!r} has an open sandbox: release it first, or choose another id.")
-        if workspace in _in_use:
-            raise WorkspaceError(
-                f"Task {_in_use[workspace]!r} acts in {workspace} already: "
-                "give each rollout a folder of its own, or copy=True."
-            )
-        _open_tasks.add(task_id)
-        if workspace is not None:
-            _in_use[workspace] = task_id
+        for other, kept in _open_tasks.items():
+            if kept is not None and kept == workspace:
+                raise WorkspaceError(
+                    f"Task {other!r} acts in {workspace} already: give each rollout a folder of its own, or copy=True."
+                )
+        _open_tasks[task_id] = workspace

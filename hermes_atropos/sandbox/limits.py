@@ -69,7 +69,8 @@ def ulimits(limits: Limits) -> str:
 class Group:
     """A control group of a task's own in each hierarchy, until :meth:`remove`; nothing where there are none."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, process: int) -> None:
+        """Make them, with ``process`` in them and all that it will start."""
         name = f"hermes-atropos-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._folders = {hierarchy.folder / name: hierarchy for hierarchy in hierarchies().values()}
         for folder, hierarchy in self._folders.items():
@@ -77,12 +78,8 @@ class Group:
             for file, value in hierarchy.settings(limits):
                 with contextlib.suppress(OSError):  # no swap is accounted for here
                     (folder / file).write_text(str(value))
-        self._ended = 0
-
-    def add(self, process: int) -> None:
-        """Put a process there, and with it all that it will start."""
-        for folder in self._folders:
             (folder / "cgroup.procs").write_text(str(process))
+        self._ended = 0
 
     def out_of_memory(self) -> bool:
         """Whether the kernel has ended a process for the memory since the last look."""
@@ -146,9 +143,9 @@ def hierarchies() -> Mapping[str, Hierarchy]:
             _, mount, kind, options, *_ = line.split()
             for controller in ("memory", "pids"):
                 if kind == "cgroup" and controller in options.split(","):
-                    hierarchy = Hierarchy(below(mount, own[controller]), 1, frozenset({controller}))
+                    hierarchy = Hierarchy(Path(mount, own[controller]), 1, frozenset({controller}))
                 elif kind == "cgroup2":
-                    folder = below(mount, own[""])
+                    folder = Path(mount, own[""])
                     passed_on = (folder / "cgroup.subtree_control").read_text().split()
                     hierarchy = Hierarchy(folder, 2, frozenset({"memory", "pids"} & set(passed_on)))
                 else:
@@ -173,11 +170,7 @@ def own_groups() -> Iterator[tuple[str, str]]:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         for controller in controllers.split(","):
-            yield controller, path
-
-
-def below(mount: str, path: str) -> Path:
-    return Path(mount) / path.lstrip("/")
+            yield controller, path.lstrip("/")
 
 
 def can_make_groups(folder: Path) -> bool:

@@ -7,7 +7,6 @@ its own and its verifier's see the same files. Where that can't be done, a copy 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import shutil
@@ -79,9 +78,5 @@ class Overlay:
 
     def close(self) -> None:
         """Let go of it; the walls in it must have ended."""
-        self._holder.kill()
-        self._holder.wait()
-        for pipe in (self._holder.stdin, self._holder.stdout, self._holder.stderr):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        with self._holder:  # which closes its pipes and waits for its end
+            self._holder.kill()

@@ -324,7 +324,7 @@ class Run:
                         return self._end() if self.begun else shell.close()
                 elif not self._pass_on():
                     pipes.unregister(pipe)
-        self._linger(LINGER, IDLE)
+        linger(self._output, self._pass_on, LINGER, IDLE)
 
     def _listen(self) -> bool:
         """Read replies; False if the shell has ended, or says what no shell of ours says."""
@@ -353,34 +353,29 @@ class Run:
             self._enough = True
         return bool(piece)
 
-    def _linger(self, limit: float, idle: float) -> bool:
-        """Pass on what still comes, for so many seconds in all and between two pieces; False if more may come."""
-        pipes = select.poll()
-        pipes.register(self._output, select.POLLIN)
-        deadline = time.monotonic() + limit
-        while (now := time.monotonic()) < deadline and pipes.poll(min(idle, deadline - now) * 1000):
-            if not self._pass_on():
-                return True
-        return False
-
     def _end(self) -> None:
         """End the command: SIGTERM, and SIGKILL after a while; its shell too, unless it answers then."""
         self._signal(signal.SIGTERM)
-        self._linger(GRACE, GRACE)
+        linger(self._output, self._pass_on, GRACE, GRACE)
         self._signal(signal.SIGKILL)
-        self._linger(PATIENCE, 0.0)
-        deadline = time.monotonic() + PATIENCE
-        answers = select.poll()
-        answers.register(self._shell.replies, select.POLLIN)
-        while self._code is None and time.monotonic() < deadline:
-            if answers.poll(max(0.0, deadline - time.monotonic()) * 1000) and not self._listen():
-                break
+        linger(self._output, self._pass_on, PATIENCE, 0.0)
+        linger(self._shell.replies, lambda: self._listen() and self._code is None, PATIENCE, PATIENCE)
         if self._code is None:
             self._shell.close()
 
     def _signal(self, number: signal.Signals) -> None:
         if self._group is not None:
             self._shell.launcher.kill(-self._group, number)
+
+
+def linger(pipe: int, read: Callable[[], bool], limit: float, idle: float) -> None:
+    """Have ``read`` read from a pipe until it answers False, nothing came for ``idle`` seconds or ``limit`` is over."""
+    pipes = select.poll()
+    pipes.register(pipe, select.POLLIN)
+    deadline = time.monotonic() + limit
+    while (now := time.monotonic()) < deadline and pipes.poll(min(idle, deadline - now) * 1000):
+        if not read():
+            return
 
 
 def script(command: str) -> bytes:

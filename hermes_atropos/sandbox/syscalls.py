@@ -44,15 +44,15 @@ ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | 1
 X32 = 0x40000000
 
 
-def seccomp_filter(machine: str = platform.machine()) -> bytes | None:
-    """The filter as the kernel reads it; None for a machine whose numbers are not known here.
+def seccomp_filter() -> bytes | None:
+    """The filter as the kernel reads it; None on a machine whose numbers are not known here.
 
     Calls by another architecture's numbers, which a 32-bit program makes, are all refused.
     """
+    machine = platform.machine()
     if machine not in REFUSED:
         return None
-    numbers = sorted(REFUSED[machine].values())
-    tests = [(JUMP_IF_EQUAL, number) for number in numbers]
+    tests = [(JUMP_IF_EQUAL, number) for number in REFUSED[machine].values()]
     if machine == "x86_64":
         tests.append((JUMP_IF_AT_LEAST, X32))
     program = [(LOAD, 0, 0, ARCHITECTURE), (JUMP_IF_EQUAL, 0, len(tests) + 2, ARCHITECTURES[machine])]

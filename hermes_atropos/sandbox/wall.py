@@ -46,7 +46,8 @@ CHANNEL, CHECK = f"{OWN}/channel", f"{OWN}/check"
 #: The user inside.
 USER, USER_ID = "agent", 1000
 
-OLDEST, FIRST_WITH_OVERLAYS = (0, 8), (0, 11)
+#: The oldest version of bubblewrap that is used.
+OLDEST = (0, 8)
 
 #: Seconds that a wall may take to stand, on a very busy machine.
 PATIENCE = 60.0
@@ -115,10 +116,9 @@ class WallOptions:
                 raise ConfigurationError(f"mounts[{path!r}] is {access!r}: write 'ro', 'rw' or 'copy'")
             if not os.path.isabs(path) or os.path.normpath(path) != path or not os.path.exists(path):
                 raise ConfigurationError(f"mounts: {path!r} is not the plain absolute path of something that exists")
-            taken = next((own for own in OWN_PATHS if is_within(own, path)), None)
-            taken = taken or next((own for own in CLOSED_PATHS if is_within(path, own)), None)
-            if taken is not None:
-                raise ConfigurationError(f"mounts: {path!r} cannot be there, because of the wall's own {taken}")
+            for own in OWN_PATHS:
+                if is_within(own, path) or (own in CLOSED_PATHS and is_within(path, own)):
+                    raise ConfigurationError(f"mounts: {path!r} cannot be there, because of the wall's own {own}")
         for name, value in self.env.items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or not isinstance(value, str) or "\0" in value:
                 raise ConfigurationError(f"env: {name!r}={value!r} is not a variable that a process can have")
@@ -241,20 +241,17 @@ class Wall(Launcher):
         self.channel = root / "channel"
         self.channel.mkdir(mode=0o700)
         program, _ = bubblewrap()
-        mounts = list(self._mounts(root, options.mounts))
+        arguments = list(self._arguments(folders, options))
         information, tell = os.pipe()
         inherited = [tell]
+        command = [*enter, program, "--info-fd", str(tell)]
         if (refused := seccomp_filter()) is not None:
             inherited.append(piped(refused))
-        arguments = [
-            *(*enter, program, "--info-fd", str(tell)),
-            *(("--seccomp", str(inherited[1])) if refused is not None else ()),
-            *self._arguments(folders, options, mounts),
-        ]
+            command += ["--seccomp", str(inherited[-1])]
 
         def start() -> subprocess.Popen[bytes]:
             return subprocess.Popen(
-                arguments,
+                [*command, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -274,17 +271,14 @@ class Wall(Launcher):
             try:
                 self._await_ready()
             except BaseException:
-                self._bubblewrap.kill()
-                self._forget()
+                with self._bubblewrap:  # which closes its pipes and waits for its end
+                    self._bubblewrap.kill()
                 raise
             self._first: int = json.loads(told.read(4096))["child-pid"]
-        self._group = Group(options.limits)
-        self._group.add(self._first)
+        self._group = Group(options.limits, self._first)
         self._standing = True
 
-    def _arguments(
-        self, folders: Mapping[str, tuple[Path, bool]], options: WallOptions, mounts: Sequence[str]
-    ) -> Iterator[str]:
+    def _arguments(self, folders: Mapping[str, tuple[Path, bool]], options: WallOptions) -> Iterator[str]:
         yield from ("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try")
         if not options.network:
             yield "--unshare-net"
@@ -305,7 +299,7 @@ class Wall(Launcher):
         for place in (TEMPORARY, HOME, "/dev/shm"):
             mode, size = "0700" if place == HOME else "1777", str(options.limits.space_bytes)
             yield from ("--perms", mode, "--size", size, "--tmpfs", place)
-        yield from mounts
+        yield from self._mounts(options.mounts)
         for place, (folder, writable) in folders.items():
             yield from ("--bind" if writable else "--ro-bind", str(folder), place)
         yield from ("--ro-bind", str(self.channel), CHANNEL, "--remount-ro", "/", "--chdir", WORKSPACE, "--clearenv")
@@ -328,11 +322,11 @@ class Wall(Launcher):
                 place.mkdir() if os.path.isdir(path) else place.touch()
         return own
 
-    def _mounts(self, root: Path, mounts: Mapping[str, Access]) -> Iterator[str]:
+    def _mounts(self, mounts: Mapping[str, Access]) -> Iterator[str]:
         for number, (path, access) in enumerate(mounts.items()):
             source = path
             if access == "copy":
-                source = str(root / f"copy{number}")
+                source = str(self.channel.with_name(f"copy{number}"))
                 if os.path.isdir(path):
                     shutil.copytree(path, source, symlinks=True)
                 else:
@@ -368,20 +362,14 @@ class Wall(Launcher):
         """End every process inside, at once."""
         if self._standing:
             self._standing = False
-            with contextlib.suppress(ProcessLookupError):
+            # The block's end closes bubblewrap's pipes and waits for its end.
+            with self._bubblewrap, contextlib.suppress(ProcessLookupError):
                 os.kill(self._first, signal.SIGKILL)
-            self._forget()
             self._group.remove()
 
     def out_of_memory(self) -> bool:
         """Whether the kernel has ended a process inside for the memory that it used since the last look."""
         return self._group.out_of_memory()
-
-    def _forget(self) -> None:
-        self._bubblewrap.wait()
-        for pipe in (self._bubblewrap.stdin, self._bubblewrap.stdout, self._bubblewrap.stderr):
-            if pipe is not None:
-                pipe.close()
 
 
 def try_wall() -> float:

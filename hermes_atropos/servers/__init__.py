@@ -13,15 +13,12 @@ class                    speaks to                                    at
 Each fits ``ServerManager(configs, server_class=…)`` and ``BaseEnv.server_cls``.
 """
 
-from hermes_atropos.servers.http import PROTOCOLS, Choice, OpenAIEndpoint, TokenServer, register
+from typing import TypeVar
 
-# Each registers its protocols: a URL is asked for them in this order.
-# isort: off
-from hermes_atropos.servers.vllm import StockVLLMServer
-from hermes_atropos.servers.sglang import StockSGLangServer
 from hermes_atropos.servers.atropos import AtroposVLLMServer
-from hermes_atropos.servers.vllm_generate import VLLMGenerateServer
-# isort: on
+from hermes_atropos.servers.http import Choice, OpenAIEndpoint, TokenServer
+from hermes_atropos.servers.sglang import StockSGLangServer
+from hermes_atropos.servers.vllm import StockVLLMServer, VLLMGenerateServer
 
 __all__ = [
     "PROTOCOLS",
@@ -34,3 +31,14 @@ __all__ = [
     "VLLMGenerateServer",
     "register",
 ]
+
+SomeServer = TypeVar("SomeServer", bound=type[TokenServer])
+
+#: The protocols with token ids, in the order in which what answers at a URL is asked for them.
+PROTOCOLS: list[type[TokenServer]] = [StockVLLMServer, StockSGLangServer, AtroposVLLMServer, VLLMGenerateServer]
+
+
+def register(protocol: SomeServer) -> SomeServer:
+    """Class decorator: add a protocol to ``PROTOCOLS``."""
+    PROTOCOLS.append(protocol)
+    return protocol

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from hermes_atropos.servers.http import Choice, TokenServer, register
+from hermes_atropos.servers.http import Choice, TokenServer
 from hermes_atropos.servers.sampling import VLLM
 
 __all__ = ["AtroposVLLMServer"]
 
 
-@register
 class AtroposVLLMServer(TokenServer):
     """The vLLM server that Atropos ships with its example trainer, through its ``/generate``.
 

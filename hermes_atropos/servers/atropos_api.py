@@ -27,14 +27,13 @@ class AtroposAPI:
 
     Args:
         url: where ``run-api`` listens, without a path.
-        timeout_s: seconds that a request may take.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 120.0) -> None:
+    def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         # The address is the user's own: no proxy of the process's environment stands between.
         limits = httpx.Limits(max_keepalive_connections=0)
-        self._client = httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False)
+        self._client = httpx.AsyncClient(timeout=120.0, limits=limits, trust_env=False)
 
     async def close(self) -> None:
         """Ask nothing more."""

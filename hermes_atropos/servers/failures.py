@@ -72,11 +72,9 @@ def _says_overlong(status: int, body: str) -> bool:
 def _words(body: str) -> str:
     """What a body says; of a page, as a gateway in front of the server sends, without its tags."""
     body = body.strip()
-    return (
-        " ".join(re.sub(r"<(script|style)\b.*?</\1>|<[^>]+>", " ", body, flags=re.S).split())
-        if body[:1] == "<"
-        else body
-    )
+    if body.startswith("<"):
+        return " ".join(re.sub(r"<(script|style)\b.*?</\1>|<[^>]+>", " ", body, flags=re.S).split())
+    return body
 
 
 def _retry_after(header: str) -> float | None:

@@ -13,7 +13,8 @@ import functools
 import json
 import re
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary
@@ -32,12 +33,14 @@ from hermes_atropos.errors import (
     SamplingError,
     UnsupportedServerError,
 )
-from hermes_atropos.listening import hearing, token_listener
+from hermes_atropos.listening import TokenListener, hearing, token_listener
 from hermes_atropos.rendering.tokenizers import load_tokenizer
 from hermes_atropos.servers.failures import response_error, unexpected
-from hermes_atropos.servers.sampling import COMMON, NEUTRAL, take_grammar, unknown
+from hermes_atropos.servers.sampling import COMMON, NEUTRAL, settle_grammar, unknown
 
-__all__ = ["PROTOCOLS", "Choice", "OpenAIEndpoint", "TokenServer", "register", "served"]
+__all__ = ["Choice", "OpenAIEndpoint", "TokenServer", "served"]
+
+T = TypeVar("T")
 
 # uvicorn, under vLLM and SGLang, drops an idle connection after 5 s: let go of it before it does.
 KEEPALIVE_S = 4.0
@@ -50,12 +53,11 @@ Choice = tuple[list[int], list[float], Any]
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """What belongs to one event loop: the client, what closes it, and locks for what is asked only once."""
+    """What belongs to one event loop: the client, what closes it, and a lock for each question that is asked once."""
 
     client: httpx.AsyncClient
     lifetime: AsyncGenerator[httpx.AsyncClient, None]
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    probing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    locks: defaultdict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
 
 
 class OpenAIEndpoint(APIServer):
@@ -96,8 +98,7 @@ class OpenAIEndpoint(APIServer):
         with contextlib.suppress(BackendResponseError, AttributeError, KeyError, TypeError):
             listed = await self.request("GET", f"{self.base_url}/models", timeout_s=timeout_s)
             cards = {card["id"]: card for card in listed["data"]}
-            length: int | None = served(cards, self.config.model_name).get("max_model_len")
-            return length
+            return served(cards, self.config.model_name).get("max_model_len")
         return None
 
     async def _chat_completion_wrapper(self, **kwargs: Any) -> ChatCompletion:
@@ -223,7 +224,7 @@ class TokenServer(OpenAIEndpoint):
 
     Attributes:
         parameters: the sampling parameters that the protocol takes, by vLLM's names.
-        streams: whether answers can come piece by piece, for whoever hears them; see :meth:`add_chunk`.
+        streams: whether answers can come piece by piece, for whoever hears them; see :meth:`read_chunk`.
         reserved: tokens of the context that neither prompt nor answer may use.
         context_length: tokens that prompt and answer may have together; None until the server was asked, and where it
             does not say.
@@ -238,9 +239,7 @@ class TokenServer(OpenAIEndpoint):
         self.root = self.base_url.removesuffix("/v1")
         self.base_url = f"{self.root}/v1"
         self.context_length: int | None = None
-        self._was_asked = False
-        self._scales: bool | None = None
-        self._scales_asked = False
+        self._told: dict[str, Any] = {}
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -281,34 +280,43 @@ class TokenServer(OpenAIEndpoint):
         listener = token_listener.get()
         if listener is None or not self.streams or kwargs.get("n") not in (None, 1):
             answer = await self.request("POST", url, body)
+            with _protocol_of(url, answer):
+                echo, choices = self.read_answer(answer)
+                outputs, logprobs, reasons = (list(column) for column in zip(*choices, strict=True))
         else:
             listener.begin(prompt_ids)
-            answer = {}
-            await self.stream(url, body, lambda chunk: listener.more(self._added(url, answer, chunk)))
-            if not answer:  # vLLM says nothing of an answer that it aborted before the first token
-                return list(prompt_ids), [[]], [[]], ["abort"]
-        try:
-            echo, choices = self.read_answer(answer)
-            outputs, logprobs, reasons = (list(column) for column in zip(*choices, strict=True))
-        except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
-            raise unexpected(url, answer, f"{type(error).__name__}: {error}") from error
+            echo, (ids, values, reason) = await self._heard(url, body, listener)
+            outputs, logprobs, reasons = [ids], [values], [reason]
         return echo or list(prompt_ids), outputs, logprobs, reasons
 
-    def _added(self, url: str, answer: dict[str, Any], chunk: Any) -> list[int]:
-        try:
-            return self.add_chunk(answer, chunk)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise unexpected(url, chunk, f"{type(error).__name__}: {error}") from error
+    async def _heard(self, url: str, body: Any, listener: TokenListener) -> tuple[list[int] | None, Choice]:
+        """The prompt's echo and an answer that comes piece by piece, put together."""
+        echo: list[int] | None = None
+        ids: list[int] = []
+        logprobs: list[float] = []
+        reasons: list[Any] = []
 
-    def add_chunk(self, answer: dict[str, Any], chunk: Any) -> list[int]:
-        """Add a piece of a streamed answer to what came before it, in the shape that ``read_answer`` reads.
+        def hear(chunk: Any) -> None:
+            nonlocal echo
+            with _protocol_of(url, chunk):
+                told, piece = self.read_chunk(chunk, len(ids))
+            echo = echo or told
+            if piece is not None:
+                new, values, reason = piece
+                ids.extend(new)
+                logprobs.extend(values)
+                reasons.append(reason)
+                listener.more(new)
 
-        Where ``streams`` is True. Whatever a lookup raises means that the piece is not of this protocol.
+        await self.stream(url, body, hear)
+        # vLLM says nothing of an answer that it aborted before the first token.
+        return echo, (ids, logprobs, next(filter(None, reversed(reasons)), None) if reasons else "abort")
 
-        Returns:
-            The ids that are new.
-        """
-        raise NotImplementedError
+    def read_chunk(self, chunk: Any, sampled: int) -> tuple[list[int] | None, Choice | None]:
+        """A piece of a streamed answer, as ``read_answer`` reads a whole one: what it adds to the ``sampled`` tokens so
+        far, or None where it has no choice. Where ``streams`` is True."""
+        echo, [choice] = self.read_answer(chunk)
+        return echo, choice
 
     def _sampling(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters of a call with those that were not given at their neutral values.
@@ -328,8 +336,8 @@ class TokenServer(OpenAIEndpoint):
         if sampling.get("max_tokens", 1) < 1:
             raise SamplingError(f"max_tokens={sampling['max_tokens']!r}: give 1 or more")
         sampling = NEUTRAL | sampling | extra
-        grammar = take_grammar(sampling)
-        return sampling if grammar is None else sampling | {"structured_outputs": grammar}
+        settle_grammar(sampling)
+        return sampling
 
     @abstractmethod
     async def build_request(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -348,10 +356,8 @@ class TokenServer(OpenAIEndpoint):
 
     async def max_tokens_for(self, prompt_ids: list[int], wanted: int | None) -> int | None:
         """What the context leaves of the ``max_tokens`` wanted; servers refuse a request for more."""
-        async with (await self._here()).lock:
-            if self.context_length is None and not self._was_asked:
-                self.context_length = await self.listed_context_length()
-                self._was_asked = True
+        if self.context_length is None:
+            self.context_length = await self._once(self.listed_context_length)
         if self.context_length is None:
             return wanted
         room = self.context_length - self.reserved - len(prompt_ids)
@@ -361,6 +367,14 @@ class TokenServer(OpenAIEndpoint):
                 url=self.root,
             )
         return room if wanted is None else min(wanted, room)
+
+    async def _once(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What the server says to ``ask``, one of its methods: asked once, and again only where that raised."""
+        question = ask.__name__
+        async with (await self._here()).locks[question]:
+            if question not in self._told:
+                self._told[question] = await ask()
+            return self._told[question]
 
     async def told_tokenizer(self) -> str | None:
         """The name or path of the tokenizer, where the server tells it elsewhere than in its list of models."""
@@ -372,11 +386,7 @@ class TokenServer(OpenAIEndpoint):
         Found out once, by one short answer that is all but greedy: after the temperature, what was drawn has a
         probability of nearly 1, whatever the model thinks of it.
         """
-        async with (await self._here()).probing:
-            if not self._scales_asked:
-                self._scales = await self._look_at_logprobs()
-                self._scales_asked = True
-        return self._scales
+        return await self._once(self._look_at_logprobs)
 
     async def _look_at_logprobs(self) -> bool | None:
         with contextlib.suppress(BackendError), hearing(token_listener, None):
@@ -389,6 +399,15 @@ class TokenServer(OpenAIEndpoint):
             if len(doubts) == 8 and doubts[5] > 0.1:
                 return False
         return None
+
+
+@contextlib.contextmanager
+def _protocol_of(url: str, answer: Any) -> Iterator[None]:
+    """Where an answer is read: whatever a lookup raises becomes the error that it is not of the protocol."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise unexpected(url, answer, f"{type(error).__name__}: {error}") from error
 
 
 def _event(url: str, data: str) -> Any:
@@ -416,18 +435,6 @@ def served(cards: Mapping[str, Mapping[str, Any]], name: str | None) -> Mapping[
     while (parent := cards.get(card.get("parent") or "")) not in (None, card):
         card = parent
     return card
-
-
-#: The protocols with token ids, in the order in which what answers at a URL is asked for them.
-PROTOCOLS: list[type[TokenServer]] = []
-
-SomeServer = TypeVar("SomeServer", bound=type[TokenServer])
-
-
-def register(protocol: SomeServer) -> SomeServer:
-    """Class decorator: add a protocol to ``PROTOCOLS``."""
-    PROTOCOLS.append(protocol)
-    return protocol
 
 
 # Ids of any vocabulary after which nothing follows of itself.

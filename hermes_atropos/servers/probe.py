@@ -117,13 +117,14 @@ async def _look(
     # LoRA adapters name the model that they belong to as their parent.
     model = model or next((name for name, card in cards.items() if not card.get("parent")), None)
     card = served(cards, model)
+    tokenizer_name = card.get("root") or model
     config = config.model_copy(
-        update={"model_name": model or config.model_name, "tokenizer_name": card.get("root") or model or "none"}
+        update={"model_name": model or config.model_name, "tokenizer_name": tokenizer_name or "none"}
     )
     found = Probe(
         base_url=endpoint.base_url,
         model=model,
-        tokenizer_name=card.get("root") or model,
+        tokenizer_name=tokenizer_name,
         context_length=card.get("max_model_len"),
     )
     failures: list[BackendError] = []
@@ -137,10 +138,10 @@ async def _look(
         except BackendError as error:
             failures.append(error)
         else:
-            config.tokenizer_name = await server.told_tokenizer() or config.tokenizer_name
-            found = replace(found, tokenizer_name=None if config.tokenizer_name == "none" else config.tokenizer_name)
+            name = await server.told_tokenizer() or tokenizer_name
+            config.tokenizer_name = name or "none"
             problem = await _wrong_tokenizer(server, tokenizer, answer[1][0])
-            return replace(found, base_url=server.root, server=server, problem=problem)
+            return replace(found, base_url=server.root, server=server, tokenizer_name=name, problem=problem)
         finally:
             await server.aclose()
     if not cards:
@@ -193,16 +194,14 @@ async def _wrong_tokenizer(server: TokenServer, tokenizer: Any, sampled: list[in
     theirs = await _encoded_by(server)
     ours = tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
     if theirs is not None and theirs not in (ours, tokenizer.encode(SAMPLE_TEXT)):
-        return ConfigurationError(
-            f"the tokenizer is not that of the model at {server.root}: the server encodes {SAMPLE_TEXT!r} as "
-            f"{theirs[:8]}…, the tokenizer as {ours[:8]}…; pass the model's own as tokenizer="
-        )
-    if sampled and max(sampled) >= len(tokenizer):
-        return ConfigurationError(
-            f"the tokenizer is not that of the model at {server.root}: it has {len(tokenizer)} tokens, and the server "
-            f"sampled token {max(sampled)}; pass the model's own as tokenizer="
-        )
-    return None
+        why = f"the server encodes {SAMPLE_TEXT!r} as {theirs[:8]}…, the tokenizer as {ours[:8]}…"
+    elif sampled and max(sampled) >= len(tokenizer):
+        why = f"it has {len(tokenizer)} tokens, and the server sampled token {max(sampled)}"
+    else:
+        return None
+    return ConfigurationError(
+        f"the tokenizer is not that of the model at {server.root}: {why}; pass the model's own as tokenizer="
+    )
 
 
 async def _encoded_by(server: TokenServer) -> list[int] | None:

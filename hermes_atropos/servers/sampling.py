@@ -22,9 +22,9 @@ __all__ = [
     "derived_seed",
     "distribution",
     "reads_its_answer",
+    "settle_grammar",
     "sglang_grammar",
     "skew",
-    "take_grammar",
     "unknown",
 ]
 
@@ -86,13 +86,12 @@ def unknown(sampling: Mapping[str, Any], extra: Mapping[str, Any], parameters: f
     Args:
         extra: given as the server's own, so that only what is known to be another engine's counts.
     """
-    others = (VLLM | SGLANG | FORMS) - parameters
-    names = (sampling.keys() - parameters) | (extra.keys() & others)
-    return sorted(names - FORMS if "structured_outputs" in parameters else names)
+    known = parameters | FORMS if "structured_outputs" in parameters else parameters
+    return sorted((sampling.keys() - known) | (extra.keys() & ((VLLM | SGLANG | FORMS) - known)))
 
 
-def take_grammar(sampling: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the wish for an answer of some form out of ``sampling``, as vLLM's ``structured_outputs``.
+def settle_grammar(sampling: dict[str, Any]) -> None:
+    """Put the wish for an answer of some form, however it was given, under ``structured_outputs``, as vLLM has it.
 
     Raises:
         SamplingError: there are several wishes, or one that is not known.
@@ -103,10 +102,11 @@ def take_grammar(sampling: dict[str, Any]) -> dict[str, Any] | None:
         if not isinstance(nested, Mapping):
             raise SamplingError(f"{name}={nested!r}: give a dict, such as {{'regex': 'a+'}}")
         wishes |= {form: wish for form, wish in nested.items() if wish is not None}
-    wishes |= _of_response_format(sampling.pop("response_format", None) or {})
+    wishes |= _of_response_format(sampling.pop("response_format", None) or {"type": "text"})
     if len(wishes) > 1:
         raise SamplingError(f"an answer has one form, not {sorted(wishes)}: give one of them")
-    return wishes or None
+    if wishes:
+        sampling["structured_outputs"] = wishes
 
 
 def _of_response_format(wish: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,8 +117,6 @@ def _of_response_format(wish: Mapping[str, Any]) -> dict[str, Any]:
         case {"type": "json_object"}:
             return {"json_object": True}
         case {"type": "text"}:
-            return {}
-        case {} if not wish:
             return {}
     raise SamplingError(f"response_format={wish!r:.200} is not one of OpenAI's: give {{'type': 'json_object'}}, …")
 

@@ -7,17 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from atroposlib.envs.server_handling.server_baseline import APIServerConfig, ReasoningConfig
-
 from hermes_atropos.errors import BackendResponseError, ConfigurationError
 from hermes_atropos.servers.failures import response_error
-from hermes_atropos.servers.http import Choice, OpenAIEndpoint, TokenServer, register
+from hermes_atropos.servers.http import Choice, OpenAIEndpoint, TokenServer
 from hermes_atropos.servers.sampling import SGLANG, sglang_grammar
 
 __all__ = ["StockSGLangServer"]
 
 
-@register
 class StockSGLangServer(TokenServer):
     """SGLang, stock or started by Atropos, through its native ``/generate``; the prompt is not echoed.
 
@@ -34,11 +31,6 @@ class StockSGLangServer(TokenServer):
     # /health generates a token; the list of models does not.
     is_healthy = OpenAIEndpoint.is_healthy
 
-    def __init__(self, config: APIServerConfig, reasoning_config: ReasoningConfig | None = None) -> None:
-        super().__init__(config, reasoning_config=reasoning_config)
-        self._vocabulary: int | None = None
-        self._vocabulary_asked = False
-
     async def build_request(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         await self._check_vocabulary(prompt_ids)
         # None is "as long as the context allows"; unset would be 128.
@@ -52,13 +44,10 @@ class StockSGLangServer(TokenServer):
 
     async def _check_vocabulary(self, prompt_ids: list[int]) -> None:
         """An id beyond the model's vocabulary would end the server's process."""
-        async with (await self._here()).lock:
-            if not self._vocabulary_asked:
-                self._vocabulary = await self._told_vocabulary()
-                self._vocabulary_asked = True
-        if self._vocabulary is not None and prompt_ids and max(prompt_ids) >= self._vocabulary:
+        vocabulary = await self._once(self._told_vocabulary)
+        if vocabulary is not None and prompt_ids and max(prompt_ids) >= vocabulary:
             raise ConfigurationError(
-                f"the prompt has the token {max(prompt_ids)}, and the model at {self.root} has {self._vocabulary} "
+                f"the prompt has the token {max(prompt_ids)}, and the model at {self.root} has {vocabulary} "
                 "tokens: the tokenizer is another model's; pass the model's own as tokenizer="
             )
 
@@ -75,18 +64,16 @@ class StockSGLangServer(TokenServer):
     async def told_tokenizer(self) -> str | None:
         """``tokenizer_path`` of ``/model_info``: the list of models has the name under which the model is served."""
         with contextlib.suppress(BackendResponseError, AttributeError):
-            name: str | None = (await self.request("GET", f"{self.root}/model_info")).get("tokenizer_path")
-            return name
+            return (await self.request("GET", f"{self.root}/model_info")).get("tokenizer_path")
         return None
 
-    def add_chunk(self, answer: dict[str, Any], chunk: Any) -> list[int]:
+    def read_chunk(self, chunk: Any, sampled: int) -> tuple[list[int] | None, Choice | None]:
         """A chunk has all tokens so far or, with ``--incremental-streaming-output``, those that it adds."""
         told = chunk["meta_info"]
         places = told.get("output_token_logprobs") or []
-        before = answer["meta_info"]["output_token_logprobs"] if answer else []
-        whole = places if len(places) == told["completion_tokens"] else [*before, *places]
-        answer.update(chunk, meta_info={**told, "output_token_logprobs": whole})
-        return [place[1] for place in whole[len(before) :]]
+        if len(places) == told["completion_tokens"]:
+            places = places[sampled:]
+        return None, self._choice({**told, "output_token_logprobs": places})
 
     def read_answer(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
         return None, [

@@ -1,4 +1,4 @@
-"""vLLM through its OpenAI-compatible completions."""
+"""vLLM, through its OpenAI-compatible completions and through its endpoint for tokens alone."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 from hermes_atropos.errors import BackendResponseError
 from hermes_atropos.servers.failures import BODY_KEPT
-from hermes_atropos.servers.http import Choice, TokenServer, register
+from hermes_atropos.servers.http import Choice, TokenServer
 from hermes_atropos.servers.sampling import VLLM
 
-__all__ = ["StockVLLMServer"]
+__all__ = ["StockVLLMServer", "VLLMGenerateServer"]
 
 
-@register
 class StockVLLMServer(TokenServer):
     """Stock ``vllm serve``, through ``/v1/completions`` with token ids in and ``return_token_ids``.
 
@@ -47,23 +46,13 @@ class StockVLLMServer(TokenServer):
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         return choices[0].get("prompt_token_ids"), [self._choice(choice) for choice in choices]
 
-    def add_chunk(self, answer: dict[str, Any], chunk: Any) -> list[int]:
-        """A chunk has the ids and logprobs that it adds, and the first the prompt's ids."""
-        [piece] = chunk["choices"] or [None]
-        if piece is None:  # of usage alone
-            return []
-        told = piece.get("logprobs") or {}
-        piece = piece | {"logprobs": {key: list(told.get(key) or []) for key in ("tokens", "token_logprobs")}}
-        ids, _, _ = self._choice(piece) if piece.get("token_ids") or told else ([], [], None)
-        if not answer:
-            answer.update(chunk, choices=[piece | {"token_ids": list(ids)}])
-            return ids
-        [whole] = answer["choices"]
-        whole["token_ids"] += ids
-        for key, values in whole["logprobs"].items():
-            values += piece["logprobs"][key]
-        whole["finish_reason"] = piece["finish_reason"] or whole["finish_reason"]
-        return ids
+    def read_chunk(self, chunk: Any, sampled: int) -> tuple[list[int] | None, Choice | None]:
+        if not chunk["choices"]:  # of usage alone
+            return None, None
+        [piece] = chunk["choices"]
+        if not (piece.get("token_ids") or piece.get("logprobs")):
+            return piece.get("prompt_token_ids"), ([], [], piece["finish_reason"])
+        return super().read_chunk(chunk, sampled)
 
     def _choice(self, choice: Mapping[str, Any]) -> Choice:
         logprobs = choice.get("logprobs") or {}
@@ -80,3 +69,36 @@ class StockVLLMServer(TokenServer):
                 )
             ids = [int(token.removeprefix("token_id:")) for token in tokens]
         return ids, logprobs.get("token_logprobs") or [], choice["finish_reason"]
+
+
+class VLLMGenerateServer(TokenServer):
+    """vLLM through ``/inference/v1/generate``, which never turns tokens into text.
+
+    https://docs.vllm.ai/en/latest/api/vllm/entrypoints/serve/disagg/protocol/. Newer releases want ``--tokens-only`` or
+    ``--enable-scale-out`` for it, and answer 403 without. They echo the prompt, and tell for each stretch of an answer
+    which weights sampled it.
+    """
+
+    parameters = VLLM
+    streams = True
+
+    async def build_request(self, prompt_ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        # max_tokens None is "as long as the context allows"; unset would be 16 in older releases.
+        sampling["max_tokens"] = await self.max_tokens_for(prompt_ids, sampling.get("max_tokens"))
+        return f"{self.root}/inference/v1/generate", {
+            "model": self.config.model_name,
+            "token_ids": prompt_ids,
+            "return_token_ids": True,
+            "sampling_params": {"logprobs": 0, **sampling},
+        }
+
+    def read_answer(self, answer: Any) -> tuple[list[int] | None, list[Choice]]:
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        return answer.get("prompt_token_ids"), [self._choice(choice) for choice in choices]
+
+    def _choice(self, choice: Mapping[str, Any]) -> Choice:
+        reason = {"type": choice["finish_reason"]}
+        if spans := choice.get("weight_versions"):
+            reason["weights"] = [{key: span[key] for key in ("start", "end", "version")} for span in spans]
+        places = (choice["logprobs"] or {}).get("content") or []
+        return choice["token_ids"] or [], [place["logprob"] for place in places], reason

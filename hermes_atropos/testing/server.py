@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import json
 import time
 from array import array
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from atroposlib.envs.server_handling.server_baseline import APIServer, APIServer
 from openai.types.chat.chat_completion import ChatCompletion
 from openai.types.completion import Completion
 
+from hermes_atropos.messages import tool_call_block
 from hermes_atropos.rendering.tokenizers import decode
 from hermes_atropos.testing.tokenizer import chatml_tokenizer
 
@@ -73,7 +73,7 @@ class ScriptedRequest:
 
 def tool_call(name: str, /, **arguments: Any) -> str:
     """The text of a call as Hermes and Qwen models write it, between ``<tool_call>`` tags."""
-    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
+    return tool_call_block(name, arguments)
 
 
 class ScriptedServer(APIServer):
@@ -207,37 +207,23 @@ class ScriptedServer(APIServer):
         return output_ids, reply.finish_reason
 
     async def _chat_completion_wrapper(self, **kwargs: Any) -> ChatCompletion:
-        reply = await self._reply_to(kwargs["messages"])
+        prompt = self.tokenizer.apply_chat_template(kwargs["messages"], tokenize=False, add_generation_prompt=True)
+        reply = await self._reply(prompt)
         message = {"role": "assistant", "content": reply.text}
-        return ChatCompletion.model_validate(
-            {
-                "id": f"chatcmpl-{len(self.requests)}",
-                "created": int(time.time()),
-                "model": self.config.model_name,
-                "object": "chat.completion",
-                "choices": [{"index": 0, "finish_reason": reply.finish_reason, "message": message}],
-            }
-        )
-
-    async def _reply_to(self, messages: Sequence[Mapping[str, Any]]) -> Reply:
-        return await self._reply(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        choices = [{"index": 0, "finish_reason": reply.finish_reason, "message": message}]
+        return ChatCompletion.model_validate(self._head("chat.completion") | {"choices": choices})
 
     async def _completion_wrapper(self, **kwargs: Any) -> Completion:
         _, outputs, _, reasons = await self._tokens_and_logprobs_completion_wrapper(**kwargs)
-        return Completion.model_validate(
-            {
-                "id": f"cmpl-{len(self.requests)}",
-                "created": int(time.time()),
-                "model": self.config.model_name,
-                "object": "text_completion",
-                "choices": [
-                    {"index": i, "finish_reason": reason, "text": self.tokenizer.decode(ids, skip_special_tokens=True)}
-                    for i, (ids, reason) in enumerate(zip(outputs, reasons, strict=True))
-                ],
-            }
-        )
+        choices = [
+            {"index": i, "finish_reason": reason, "text": self.tokenizer.decode(ids, skip_special_tokens=True)}
+            for i, (ids, reason) in enumerate(zip(outputs, reasons, strict=True))
+        ]
+        return Completion.model_validate(self._head("text_completion") | {"choices": choices})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        number = len(self.requests)
+        return {"id": f"{kind}-{number}", "object": kind, "created": int(time.time()), "model": self.config.model_name}
 
 
 def parse_chatml(prompt: str) -> list[dict[str, str]]:

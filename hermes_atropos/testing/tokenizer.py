@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,44 +25,9 @@ CORPUS = [
     "I will look at the files first, then count the lines of Python, and then answer the question.",
 ] * 8
 
-# The layout of Qwen 2.5 and Hermes 3 (their tokenizer_config.json on the Hugging Face hub):
+# The embedded model's: the layout of Qwen 2.5 and Hermes 3 (their tokenizer_config.json on the Hugging Face hub):
 # <|im_start|>role\n…<|im_end|>\n, the tools in the system turn, consecutive tool results in one user turn.
-CHATML_TEMPLATE = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}
-        {{- messages[0].content + '\\n\\n' }}
-    {%- endif %}
-    {{- '# Tools\\n\\nThe tools that may be called, within <tools></tools>:\\n<tools>' }}
-    {%- for tool in tools %}
-        {{- '\\n' }}{{- tool | tojson }}
-    {%- endfor %}
-    {{- '\\n</tools>\\n\\nFor each call, return within <tool_call></tool_call>:\\n<tool_call>\\n' }}
-    {{- '{"name": <name>, "arguments": <object>}\\n</tool_call><|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' %}
-    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-    {%- elif message.role == 'assistant' %}
-        {{- '<|im_start|>assistant\\n' + (message.content or '') }}
-        {%- for tool_call in message.tool_calls or [] %}
-            {%- set call = tool_call.function if tool_call.function is defined else tool_call %}
-            {%- if not loop.first or message.content %}{{- '\\n' }}{%- endif %}
-            {{- '<tool_call>\\n{"name": "' + call.name + '", "arguments": ' }}
-            {{- call.arguments if call.arguments is string else call.arguments | tojson }}
-            {{- '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif message.role == 'tool' %}
-        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
-        {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
-        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
-"""
+CHATML_TEMPLATE = files("hermes_atropos.embedded").joinpath("model/chat_template.jinja").read_text(encoding="utf-8")
 
 
 @functools.cache

@@ -279,9 +279,9 @@ class Ledger:
         """
         return [Sequence(path, trained) for path, trained in streams.paths_of(self.turns, include_discarded)]
 
-    def turn_sequences(self, include_discarded: bool = False) -> list[Sequence]:
+    def turn_sequences(self) -> list[Sequence]:
         """One stream for each turn, up to its end, trained on that turn's tokens alone."""
-        return [Sequence(streams.path_to(turn), {turn}) for turn in streams.wanted(self.turns, include_discarded)]
+        return [Sequence(streams.path_to(turn), {turn}) for turn in streams.wanted(self.turns)]
 
     def report(self) -> FidelityReport:
         """What became of the tokens, as ``sequences()`` would hand them out."""

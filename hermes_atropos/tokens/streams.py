@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hermes_atropos.tokens.turns import BreakCause, Prompt, Turn, Weights, stream_ids
@@ -22,12 +23,8 @@ class Span:
         logprobs: [end - start] float, of the sampled tokens.
         trained: whether this sequence trains it. A turn that several sequences hold is trained in one of them.
         ref: the turn's reference; None where the sequence was made from lists, as that of a record is.
-        finish_reason: as the server reported it.
-        discarded: why the harness threw the answer away; None if it did not.
-        cause: why a stream starts with this turn; None where it goes on.
         weights: which weights sampled it, stretch by stretch, by places in the sequence.
-        sampling: the parameters that made the distribution another than the model's.
-        skew: why the logprobs are not of the distribution that was sampled from; None if they are.
+        finish_reason, discarded, cause, sampling, skew: as in ``Turn``.
     """
 
     start: int
@@ -115,18 +112,9 @@ class FidelityReport:
     aborts: int = 0
 
     def __add__(self, other: FidelityReport) -> FidelityReport:
-        causes = [*self.breaks, *(cause for cause in other.breaks if cause not in self.breaks)]
-        return FidelityReport(
-            turns=self.turns + other.turns,
-            sequences=self.sequences + other.sequences,
-            breaks={cause: self.breaks.get(cause, 0) + other.breaks.get(cause, 0) for cause in causes},
-            mismatches=self.mismatches + other.mismatches,
-            tokens_sampled=self.tokens_sampled + other.tokens_sampled,
-            tokens_trained=self.tokens_trained + other.tokens_trained,
-            tokens_discarded=self.tokens_discarded + other.tokens_discarded,
-            left_out=self.left_out + other.left_out,
-            aborts=self.aborts + other.aborts,
-        )
+        names = [each.name for each in fields(self) if each.name != "breaks"]
+        totals = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return FidelityReport(breaks=dict(Counter(self.breaks) + Counter(other.breaks)), **totals)
 
 
 def report(turns: SequenceOf[Turn]) -> FidelityReport:
@@ -181,7 +169,7 @@ def paths_of(turns: SequenceOf[Turn], include_discarded: bool = False) -> list[t
     return shared
 
 
-def wanted(turns: SequenceOf[Turn], include_discarded: bool) -> list[Turn]:
+def wanted(turns: SequenceOf[Turn], include_discarded: bool = False) -> list[Turn]:
     """The turns to train; those without a token have nothing to teach."""
     return [turn for turn in turns if turn.output_ids and (include_discarded or turn.discarded is None)]
 

@@ -160,14 +160,16 @@ def object_call(value: Any, **fields: Any) -> ToolCall:
     return named_call(value.get("name"), arguments, **fields)
 
 
+def call_with_id(value: Any, **fields: Any) -> ToolCall:
+    """A call that may have an ``id`` of the model's own."""
+    own = value.get("id") if isinstance(value, dict) else None
+    return object_call(value, sampled_id=own if isinstance(own, str) and own else None, **fields)
+
+
 def failed_call(status: ParseStatus, error: str, **fields: Any) -> ToolCall:
     return ToolCall(status=status, error=error, **fields)
 
 
 def encodable(text: str) -> str:
     """The text without lone surrogates, which neither pydantic nor UTF-8 can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
+    return text.encode("utf-8", "replace").decode()

@@ -80,9 +80,8 @@ def _fitted(arguments: dict[str, Any], parameters: Any) -> tuple[dict[str, Any],
             errors = list(islice(validator.iter_errors(arguments), 3))
     except RecursionError:
         raise
-    except (
-        Exception
-    ):  # A reference that leads nowhere, a pattern that is not a regular expression: faults of the schema.
+    except Exception:
+        # A reference that leads nowhere, a pattern that is not a regular expression: faults of the schema.
         return arguments, []
     return arguments, [_fault(error) for error in errors[:3]]
 

@@ -84,8 +84,7 @@ class Recording:
             change = difference(self._last, now)
             if change is None:
                 return
-            part = {"part_of": self._id, "number": self._parts, "change": change}
-            line = _encoded({**part, "format": RECORD_FORMAT, "version": RECORD_VERSION})
+            line = _encoded({"part_of": self._id, "number": self._parts, "change": change})
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -130,8 +129,7 @@ def read_records(path: str | Path) -> Iterator[AgentResult]:
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error}") from error
     for rollout in parts.values():
-        record = {"format": RECORD_FORMAT, "version": RECORD_VERSION, "rollout": rollout.value}
-        yield _result(record, f"{rollout.where} and its further parts")
+        yield _result({"rollout": rollout.value}, f"{rollout.where} and its further parts")
 
 
 @dataclass(slots=True)
@@ -183,10 +181,11 @@ def _plain(result: AgentResult) -> Any:
 
 def record_line(result: AgentResult) -> bytes:
     """The line that ``write_record`` writes."""
-    return _encoded({"format": RECORD_FORMAT, "version": RECORD_VERSION, "rollout": _plain(result)})
+    return _encoded({"rollout": _plain(result)})
 
 
-def _encoded(line: dict[str, Any]) -> bytes:
+def _encoded(content: dict[str, Any]) -> bytes:
+    line = {**content, "format": RECORD_FORMAT, "version": RECORD_VERSION}
     text = json.dumps(line, ensure_ascii=False, allow_nan=False, sort_keys="part_of" not in line, separators=(",", ":"))
     return SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode() + b"\n"
 
@@ -195,32 +194,30 @@ def _fields(value: AgentResult | AgentStep) -> dict[str, Any]:
     return {entry.name: getattr(value, entry.name) for entry in fields(value)}
 
 
-def _written_by(record: dict[str, Any]) -> Any:
-    rollout = record.get("rollout")
-    return rollout.get("packages") if isinstance(rollout, dict) else "it does not say which"
-
-
 def _record(line: bytes, where: str) -> Any:
     if not line.endswith(b"\n"):
         raise RecordError(f"{where}: the record is truncated (it lacks its end): the writer was cut off; run it again")
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{where}: the record is damaged and is not JSON ({error}); remove this line") from error
+    _check(record, where)
+    return record
 
 
 def _check(record: Any, where: str) -> None:
     if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
         raise RecordError(f"{where}: this is not a record of a rollout; pass what write_record wrote")
     if record.get("version") != RECORD_VERSION:
+        rollout = record.get("rollout")
+        written_by = rollout.get("packages") if isinstance(rollout, dict) else "it does not say which"
         raise RecordError(
             f"{where}: the record is of version {record.get('version')!r}, and this release reads {RECORD_VERSION}; "
-            f"read it with the release of hermes-atropos that wrote it: {_written_by(record)}"
+            f"read it with the release of hermes-atropos that wrote it: {written_by}"
         )
 
 
 def _result(record: Any, where: str) -> AgentResult:
-    _check(record, where)
     try:
         rollout = record["rollout"]
         if not all(isinstance(message["role"], str) for message in rollout["messages"]):

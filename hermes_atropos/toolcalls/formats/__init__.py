@@ -11,10 +11,13 @@ from collections.abc import Sequence
 
 from hermes_atropos.messages import Tool
 from hermes_atropos.toolcalls.call import ParsedText, ToolCall, encodable
-from hermes_atropos.toolcalls.formats.blocks import REASONING_TAGS, Blocks, Read, Scan
 from hermes_atropos.toolcalls.formats.format import (
     FORMATS,
+    REASONING_TAGS,
+    Blocks,
     Format,
+    Read,
+    Scan,
     format_marked,
     format_named,
     format_reading,

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import re
 
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, Read, Scan, register
 from hermes_atropos.toolcalls.formats.json_block import BlockEnd, block_end, read_json, wrong_opening
 from hermes_atropos.toolcalls.formats.pairs import Pairs, read_pairs
 from hermes_atropos.toolcalls.strict_json import loads

@@ -14,8 +14,7 @@ import re
 from typing import Any
 
 from hermes_atropos.toolcalls.call import ParseStatus, failed_call, named_call
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, Read, Scan, register
 from hermes_atropos.toolcalls.formats.json_block import block_end, wrong_opening
 from hermes_atropos.toolcalls.strict_json import MAX_DEPTH, TOO_DEEP, BrokenJSON, loads
 
@@ -38,9 +37,7 @@ def read(scan: Scan, opening: re.Match[str]) -> Read:
     try:
         value, behind = value_at(scan.text, head.end())
     except BrokenJSON as error:
-        tag = scan.search(end.pattern, error.position)
-        closed = tag is not None and tag["close"] is not None
-        stop = tag.end() if tag and closed else tag.start() if tag else len(scan.text)
+        closed, stop = end.find(scan, error.position)
         status = ParseStatus.INVALID_JSON if closed else ParseStatus.UNCLOSED_BLOCK
         sentence = f"The arguments of {head['name'][:80]!r} cannot be read: {error}."
         return [failed_call(status, sentence, name=head["name"], **scan.fields(opening.start(), stop))], stop

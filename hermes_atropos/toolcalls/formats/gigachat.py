@@ -7,26 +7,16 @@
     3.1: <|function_call|>{"name": "f", "arguments": {"x": 1}}
 """
 
-from __future__ import annotations
-
-import re
-
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
-from hermes_atropos.toolcalls.formats.format import Format, register
-from hermes_atropos.toolcalls.formats.json_block import BlockEnd, read_json
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, register
+from hermes_atropos.toolcalls.formats.json_block import block_end, json_reader
 
 OPENING = r"function call<\|role_sep\|>|<\|function_call\|>"
-END = BlockEnd("<|message_sep|>", re.compile(rf"(?P<close><\|message_sep\|>)|{OPENING}"), optional=True)
-
-
-def read(scan: Scan, opening: re.Match[str]) -> Read:
-    return read_json(scan, opening.start(), opening.end(), END)
-
+END = block_end("<|message_sep|>", "function call<|role_sep|>", "<|function_call|>", optional=True)
 
 register(
     Format(
         name="gigachat",
-        parse=Blocks(OPENING, read, around=r"<\|message_sep\|>").parse,
+        parse=Blocks(OPENING, json_reader(END), around=r"<\|message_sep\|>").parse,
         mark=OPENING,
         parsers=("gigachat3",),
         arguments_key="arguments",

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import re
 
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, Read, Scan, register
 from hermes_atropos.toolcalls.formats.json_block import block_end
 from hermes_atropos.toolcalls.formats.pairs import Pairs, read_pairs, typed
 
-FUNCTION = re.compile(r"\s*(?P<name>[^<>\n{]*)")
 PAIRS = Pairs(
     parameter=re.compile(r"<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>"),
     closing="</arg_value>",
@@ -29,15 +27,14 @@ PAIRS = Pairs(
 
 
 def read(scan: Scan, opening: re.Match[str]) -> Read:
-    function = FUNCTION.match(scan.text, opening.end())
-    name, position = (function["name"].strip(), function.end()) if function else ("", opening.end())
-    return read_pairs(scan, opening.start(), position, name, PAIRS, opening.end())
+    name, behind = opening["name"].strip(), opening.end("name")
+    return read_pairs(scan, opening.start(), behind, name, PAIRS, opening.end())
 
 
 register(
     Format(
         name="glm",
-        parse=Blocks("<tool_call>", read).parse,
+        parse=Blocks(r"<tool_call>(?=\s*(?P<name>[^<>\n{]*))", read).parse,
         mark="<arg_key>",
         parsers=("glm45", "glm47"),
         json_arguments=False,

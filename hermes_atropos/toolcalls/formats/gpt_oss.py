@@ -11,8 +11,7 @@ from __future__ import annotations
 import re
 
 from hermes_atropos.toolcalls.call import ParsedText, ParseStatus, ToolCall, failed_call
-from hermes_atropos.toolcalls.formats.blocks import Scan, joined
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Format, Scan, joined, register
 from hermes_atropos.toolcalls.formats.json_block import BlockEnd, read_json
 
 HEAD = re.compile(r"<\|start\|>[^<]*(?:<\|channel\|>(?P<channel>[^<]*))?(?:<\|constrain\|>[^<]*)?<\|message\|>")

@@ -8,13 +8,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from hermes_atropos.toolcalls.call import ParseStatus, ToolCall, failed_call, named_call, object_call
-from hermes_atropos.toolcalls.formats.blocks import Read, Scan, is_mentioned
+from hermes_atropos.toolcalls.formats.format import Read, Scan, is_mentioned
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads, value_at
 
-__all__ = ["BlockEnd", "block_end", "broken_json", "listed_calls", "read_json", "wrong_opening"]
+__all__ = ["BlockEnd", "block_end", "broken_json", "json_reader", "read_json", "wrong_opening"]
 
 #: How the JSON of a call may begin.
 JSON = re.compile(r'\s*+(?:[{\["]|\Z)')
+
+#: The tool that a broken call most likely meant, so that the answer can show its schema.
+NAME = re.compile(r'"name"\s*:\s*"([\w.:-]{1,128})"')
 
 
 class BlockEnd(NamedTuple):
@@ -30,36 +33,55 @@ class BlockEnd(NamedTuple):
     pattern: re.Pattern[str]
     optional: bool = False
 
+    def find(self, scan: Scan, position: int) -> tuple[bool, int]:
+        """Whether a block that goes on at ``position`` is closed, and the place behind it."""
+        tag = scan.search(self.pattern, position)
+        if tag is None:
+            return False, len(scan.text)
+        return (True, tag.end()) if tag["close"] else (False, tag.start())
 
-def block_end(tag: str, *others: str) -> BlockEnd:
+
+def block_end(tag: str, *others: str, optional: bool = False) -> BlockEnd:
     """The end of a block that ``tag`` closes; ``others`` show that it is missing."""
-    return BlockEnd(tag, re.compile("|".join([f"(?P<close>{re.escape(tag)})", *map(re.escape, others)])))
+    pattern = "|".join([f"(?P<close>{re.escape(tag)})", *map(re.escape, others)])
+    return BlockEnd(tag, re.compile(pattern), optional)
 
 
-#: The calls of a block's value, and what each says of itself.
-Build = Callable[..., list[ToolCall]]
+def json_reader(end: BlockEnd, *, expected: str = "", **options: Any) -> Callable[[Scan, re.Match[str]], Read]:
+    """Reads blocks whose JSON follows the opening: the arguments where that has a group ``name``, else the calls.
 
+    A group ``id`` is the model's own. ``expected`` says what must follow an opening in which ``name`` matched nothing;
+    ``options`` are for ``read_json``.
+    """
 
-def one_call(value: Any, **fields: Any) -> list[ToolCall]:
-    """A block that is one call."""
-    return [object_call(value, **fields)]
+    def read(scan: Scan, opening: re.Match[str]) -> Read:
+        head = opening.groupdict()
+        name = head.get("name")
+        if expected and name is None:
+            return wrong_opening(scan, opening, end, expected)
+        return read_json(scan, opening.start(), opening.end(), end, name, sampled_id=head.get("id"), **options)
 
-
-def listed_calls(value: Any, **fields: Any) -> list[ToolCall]:
-    """A block that is a list of calls."""
-    return [object_call(item, **fields) for item in (value if isinstance(value, list) and value else [value])]
+    return read
 
 
 def read_json(
-    scan: Scan, start: int, body: int, end: BlockEnd, name: str | None = None, *, build: Build = one_call, **known: Any
+    scan: Scan,
+    start: int,
+    body: int,
+    end: BlockEnd,
+    name: str | None = None,
+    *,
+    listed: bool = False,
+    call: Callable[..., ToolCall] = object_call,
+    **known: Any,
 ) -> Read:
-    """A block from ``start`` to ``end`` with JSON at ``body``: the arguments where the name is known, else the calls.
+    """A block from ``start`` to ``end`` with JSON at ``body``: the arguments where the name is known, else a call.
 
-    ``build`` makes the calls of the value where the name is not known.
+    Where the name is not known, ``listed`` says that it may be a list of calls, and ``call`` makes a call of each.
     """
     text, broken, value = scan.text, None, None
     if name is not None:
-        build = partial(_arguments_call, name)
+        call = partial(named_call, name)
     try:
         value, behind = value_at(text, body)
     except BrokenJSON as error:
@@ -70,20 +92,17 @@ def read_json(
         tag = scan.search(end.pattern, broken.position)
     stop = tag.start() if tag else len(text)
     closed = tag is not None and tag["close"] is not None
+    items = value if listed and isinstance(value, list) and value else [value]
     if not broken and (closed or end.optional) and not text[behind:stop].strip():
         place = tag.end() if tag and closed else stop
-        return build(value, **known, **scan.fields(start, place)), place
+        return [call(item, **known, **scan.fields(start, place)) for item in items], place
     if not broken and not closed:
-        calls = build(value, **known, **scan.fields(start, behind))
+        calls = [call(item, **known, **scan.fields(start, behind)) for item in items]
         fault = {"status": ParseStatus.UNCLOSED_BLOCK, "error": f"The call is not closed: {end.tag} is missing."}
-        return [call.model_copy(update=fault) for call in calls], behind
+        return [made.model_copy(update=fault) for made in calls], behind
     if is_mentioned(scan, start, body, closed=closed or JSON.match(text, body) is not None):
         return [], body
     return broken_json(scan, start, body, tag, "" if end.optional and tag is None else end.tag, name, **known)
-
-
-def _arguments_call(name: str, arguments: Any, **fields: Any) -> list[ToolCall]:
-    return [named_call(name, arguments, **fields)]
 
 
 def broken_json(
@@ -112,26 +131,16 @@ def broken_json(
     else:
         missing = f" {closing} is missing, and" if closing else ""
         status, sentence = ParseStatus.UNCLOSED_BLOCK, f"The call is not closed:{missing} its JSON is broken: {fault}."
-    name = name or _name_in(scan.text[body : min(stop, body + 1000)])
+    meant = NAME.search(scan.text, body, min(stop, body + 1000))
+    name = name or (meant[1] if meant else "")
     return [failed_call(status, sentence, name=name.strip(), **known, **scan.fields(start, place))], place
-
-
-_NAME = re.compile(r'"name"\s*:\s*"([\w.:-]{1,128})"')
-
-
-def _name_in(broken: str) -> str:
-    """The tool that a broken call most likely meant, so that the answer can show its schema."""
-    match = _NAME.search(broken)
-    return match[1] if match else ""
 
 
 def wrong_opening(scan: Scan, opening: re.Match[str], end: BlockEnd, expected: str) -> Read:
     """A block that does not begin as it must."""
-    tag = scan.search(end.pattern, opening.end())
-    closed = tag is not None and tag["close"] is not None
+    closed, stop = end.find(scan, opening.end())
     if is_mentioned(scan, *opening.span(), closed=closed):
         return [], opening.end()
-    stop = tag.end() if tag and closed else tag.start() if tag else len(scan.text)
     status = ParseStatus.MALFORMED if closed else ParseStatus.UNCLOSED_BLOCK
     found = scan.text[opening.end() : min(stop, opening.end() + 40)].strip()
     error = f"The call must begin with {expected}; {opening.group().strip()!r} is followed by {found!r}."

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 
 from hermes_atropos.toolcalls.call import ToolCall, object_call
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, Read, Scan, register
 from hermes_atropos.toolcalls.formats.json_block import broken_json
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, value_at
 

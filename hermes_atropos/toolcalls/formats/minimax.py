@@ -9,27 +9,17 @@
     </minimax:tool_call>
 """
 
-from __future__ import annotations
-
-import re
-
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, register
 from hermes_atropos.toolcalls.formats.json_block import block_end
-from hermes_atropos.toolcalls.formats.pairs import read_pairs, tagged_pairs
+from hermes_atropos.toolcalls.formats.pairs import tagged_pairs
 
 END = block_end("</invoke>", "<invoke ", "</minimax:tool_call>")
 PAIRS = tagged_pairs(r'<parameter name="(?P<key>[^"<>\n]*)">', "</parameter>", "</invoke>", END)
 
-
-def read(scan: Scan, opening: re.Match[str]) -> Read:
-    return read_pairs(scan, opening.start(), opening.end(), opening["name"], PAIRS)
-
-
 register(
     Format(
         name="minimax",
-        parse=Blocks(r'<invoke name="(?P<name>[^"<>\n]*)">', read, wrapper="</?minimax:tool_call>").parse,
+        parse=Blocks(r'<invoke name="(?P<name>[^"<>\n]*)">', PAIRS.read, wrapper="</?minimax:tool_call>").parse,
         mark="<minimax:tool_call>",
         parsers=("minimax_m2",),
         json_arguments=False,

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hermes_atropos.toolcalls.call import ParseStatus, failed_call, named_call
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan, is_mentioned
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, Read, Scan, is_mentioned, register
 from hermes_atropos.toolcalls.formats.json_block import block_end
 from hermes_atropos.toolcalls.formats.pairs import resolved, typed, types_of
 from hermes_atropos.toolcalls.strict_json import MAX_DEPTH
@@ -57,11 +56,9 @@ def read(scan: Scan, opening: re.Match[str]) -> Read:
         if not opened:
             return [named_call(name, dict(element.inner), **scan.fields(opening.start(), position))], position
         opened[-1].inner.append((key, _value(element, said, parameters)))
-    end = scan.search(END.pattern, position)
-    closed = end is not None and end["close"] is not None
+    closed, stop = END.find(scan, position)
     if not opened[0].inner and len(opened) == 1 and is_mentioned(scan, *opening.span(), closed=closed):
         return [], opening.end()
-    stop = end.end() if end and closed else end.start() if end else len(text)
     status = ParseStatus.MALFORMED if closed else ParseStatus.UNCLOSED_BLOCK
     error = fault if fault and closed else f"The call is not closed: {END.tag} is missing."
     return [failed_call(status, error, name=name.strip(), **scan.fields(opening.start(), stop))], stop

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 from hermes_atropos.toolcalls.call import ParseStatus, failed_call, named_call
-from hermes_atropos.toolcalls.formats.blocks import Read, Scan, is_mentioned
+from hermes_atropos.toolcalls.formats.format import Read, Scan, is_mentioned
 from hermes_atropos.toolcalls.formats.json_block import BlockEnd
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads
 
@@ -37,6 +37,10 @@ class Pairs(NamedTuple):
     last: re.Pattern[str]
     end: BlockEnd
     convert: Callable[[re.Match[str], str, Set[str]], Any]
+
+    def read(self, scan: Scan, opening: re.Match[str]) -> Read:
+        """A block whose opening names the tool, in a group ``name``."""
+        return read_pairs(scan, opening.start(), opening.end(), opening["name"], self)
 
 
 def tagged_pairs(parameter: str, closing: str, last: str, end: BlockEnd) -> Pairs:
@@ -75,19 +79,16 @@ def read_pairs(scan: Scan, start: int, position: int, name: str, pairs: Pairs, t
             arguments[key] = pairs.convert(parameter, value, types_of(properties.get(key), parameters))
         except BrokenJSON as error:
             status, fault = ParseStatus.INVALID_JSON, f"The value of {key[:80]!r} is not valid JSON: {error}."
-    last = pairs.last.match(text, position)
-    tag = None if last and fault is None else scan.search(pairs.end.pattern, position)
-    closed = last is not None or (tag is not None and tag["close"] is not None)
+    last = None if fault else pairs.last.match(text, position)
+    closed, stop = (True, last.end()) if last else pairs.end.find(scan, position)
     if not arguments and is_mentioned(scan, start, opened, closed=closed):
         return [], opened
-    if fault is None and last:
-        return [named_call(name, arguments, **scan.fields(start, last.end()))], last.end()
-    if tag is None or tag["close"] is None:
-        stop = tag.start() if tag else len(text)
-        status, sentence = ParseStatus.UNCLOSED_BLOCK, f"The call is not closed: {pairs.end.tag} is missing."
-    else:
-        stop = tag.end()
+    if last:
+        return [named_call(name, arguments, **scan.fields(start, stop))], stop
+    if closed:
         sentence = fault or f"The call cannot be read after {text[max(start, position - 20) : position]!r}."
+    else:
+        status, sentence = ParseStatus.UNCLOSED_BLOCK, f"The call is not closed: {pairs.end.tag} is missing."
     return [failed_call(status, sentence, name=name.strip(), **scan.fields(start, stop))], stop
 
 

@@ -11,8 +11,7 @@ import re
 from typing import Any
 
 from hermes_atropos.toolcalls.call import ParseStatus, ToolCall, failed_call, named_call
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan, is_mentioned
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, Read, Scan, is_mentioned, register
 from hermes_atropos.toolcalls.formats.json_block import BlockEnd
 from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads
 

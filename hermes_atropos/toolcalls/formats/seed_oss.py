@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import re
 
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, Read, Scan, register
 from hermes_atropos.toolcalls.formats.json_block import block_end, wrong_opening
 from hermes_atropos.toolcalls.formats.pairs import read_pairs, tagged_pairs
 

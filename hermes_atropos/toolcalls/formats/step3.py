@@ -6,29 +6,19 @@
     <steptml:parameter name="x">1</steptml:parameter></steptml:invoke><｜tool_call_end｜><｜tool_calls_end｜>
 """
 
-from __future__ import annotations
-
-import re
-
-from hermes_atropos.toolcalls.formats.blocks import Blocks, Read, Scan
-from hermes_atropos.toolcalls.formats.format import Format, register
+from hermes_atropos.toolcalls.formats.format import Blocks, Format, register
 from hermes_atropos.toolcalls.formats.json_block import block_end
-from hermes_atropos.toolcalls.formats.pairs import read_pairs, tagged_pairs
+from hermes_atropos.toolcalls.formats.pairs import tagged_pairs
 
 END = block_end("</steptml:invoke>", "<steptml:invoke ", "<｜tool_call_end｜>")
 PAIRS = tagged_pairs(r'<steptml:parameter name="(?P<key>[^"<>\n]*)">', "</steptml:parameter>", "</steptml:invoke>", END)
-
-
-def read(scan: Scan, opening: re.Match[str]) -> Read:
-    return read_pairs(scan, opening.start(), opening.end(), opening["name"], PAIRS)
-
 
 register(
     Format(
         name="step3",
         parse=Blocks(
             r'<steptml:invoke name="(?P<name>[^"<>\n]*)">',
-            read,
+            PAIRS.read,
             wrapper=r"<｜tool_calls_(?:begin|end)｜>|<｜tool_call_begin｜>(?:function<｜tool_sep｜>)?|<｜tool_call_end｜>",
         ).parse,
         mark="<steptml:invoke",
