@@ -71,6 +71,7 @@ def main() -> None:
     global LATENCY_S
     if options.short:
         LATENCY_S = 0.05
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with "&" ignores it: see ctrl_c
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # Hermes tells of each failed call
         checks, remains = asyncio.run(soak(rollouts, at_fault))
     figures = report(checks, remains)

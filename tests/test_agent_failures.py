@@ -505,7 +505,6 @@ def test_the_soak(workspace: Path) -> None:
     done = run_script(
         f"import runpy, sys; sys.argv = ['', '--short']; runpy.run_path({str(script)!r}, run_name='__main__')",
         workspace,
-        fresh=True,
     )
     figures = json.loads(done.stdout.splitlines()[-1])
     assert (figures["rollouts"], figures["wrong"], figures["left"]) == (24, 0, 0)
