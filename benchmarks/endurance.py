@@ -243,9 +243,13 @@ def outcome_of(run: asyncio.Task[Any]) -> tuple[str, Any]:
 
 
 def levels() -> dict[str, float]:
-    """``files`` are entries of the temporary folder, ``books`` the terminal environments that Hermes knows of."""
+    """``files`` are entries of the temporary folder, ``books`` the terminal environments that Hermes knows of.
+
+    ``blocks_k`` are thousands of blocks of memory in Python's own use, most of them an object each.
+    """
     return {
         "rss_mb": psutil.Process().memory_info().rss / 1e6,
+        "blocks_k": sys.getallocatedblocks() / 1e3,
         "threads": len(os.listdir("/proc/self/task")),
         "processes": len(all_processes()),
         "descriptors": len(os.listdir("/proc/self/fd")),

@@ -15,7 +15,7 @@ import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from hermes_atropos.backends import Backend, ModelTurn, TrackingBackend
@@ -51,6 +51,17 @@ class Exchange:
     errors: dict[str, Message]
     calls: list[tuple[ToolCall, ToolCall]]
     reasoning: str | None
+    _written: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def as_written(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A stored call as the model wrote it, unless it is not the model's, or says something else by now.
+
+        Remembered, because each request has all earlier calls in it.
+        """
+        key = repr(stored)
+        if key not in self._written:
+            self._written[key] = _as_written(stored, self.calls)
+        return self._written[key]
 
 
 class Conversation:
@@ -184,7 +195,7 @@ class Conversation:
                 if exchange.reasoning and not message.get("reasoning_content"):
                     message["reasoning_content"] = exchange.reasoning
                 if message.get("tool_calls"):
-                    message["tool_calls"] = [_as_written(call, exchange.calls) for call in message["tool_calls"]]
+                    message["tool_calls"] = [exchange.as_written(call) for call in message["tool_calls"]]
             elif message.get("tool_call_id") in ids:
                 message = {**message, "tool_call_id": ids[message["tool_call_id"]]}
             shown.append(message)
@@ -254,7 +265,7 @@ def _told_of_the_cut(turn: ModelTurn) -> list[ToolCall]:
 
 
 def _as_written(stored: Mapping[str, Any], calls: Sequence[tuple[ToolCall, ToolCall]]) -> Mapping[str, Any]:
-    """A stored call as the model wrote it, unless it is not the model's, or says something else by now."""
+    """See :meth:`Exchange.as_written`."""
     [given] = from_openai([stored])
     blocks = _blocks([written for _, written in calls])
     for (valid, written), block in zip(calls, blocks, strict=True):

@@ -246,9 +246,10 @@ class TestAsSampled:
         assert tool_call("add", a="1", b=2) in server.requests[-1].prompt
 
     async def test_a_call_that_the_harness_changed_stays_so(self) -> None:
-        conversation, server = conversation_with(self.CALL, "Three.")
+        conversation, server = conversation_with(self.CALL, "Three.", "Three.")
         turn = await conversation.chat([USER], TOOLS)
         stored = self.mangled(turn)
+        await conversation.chat([USER, stored, *harness_answers(turn)], TOOLS)
         stored["tool_calls"][0]["function"]["arguments"] = '{"pruned": true}'
         await conversation.chat([{**USER, "content": "Else?"}, stored, *harness_answers(turn)], TOOLS)
         assert tool_call("add", pruned=True) in server.requests[-1].prompt

@@ -125,6 +125,11 @@ class TestShell:
         assert sandbox.run("trap '' TERM INT HUP; while true; do sleep 0.1; done", timeout=1).exit_code == 124
         until(lambda: len(processes()) == 1)  # the shell that stays
 
+    def test_what_a_command_left_running_writes_into_no_other_s_output(self, sandbox: HermesSandbox) -> None:
+        sandbox.run("(trap '' PIPE; while true; do echo stray; sleep 0.02; done) &")
+        for number in range(3):
+            assert sandbox.run(f"sleep 0.1; echo {number}").output == f"{number}\n"
+
     def test_input_is_at_its_end(self, sandbox: HermesSandbox) -> None:
         assert sandbox.run("cat; echo done").output.strip() == "done"
 

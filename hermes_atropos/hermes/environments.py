@@ -176,7 +176,10 @@ class TaskEnvironment(InShells, LocalEnvironment):
         self._private = folders.root is not None
         self._login = threading.Lock()
         self._logged_in = False
-        self._channel = Path(tempfile.mkdtemp(prefix="hermes-atropos-channel-"))
+        if folders.root is not None:
+            self._channel = folders.root / "channel"  # removed with the task's folders
+        else:
+            self._channel = Path(tempfile.mkdtemp(prefix="hermes-atropos-channel-"))
         # Hermes' background processes get the trainer's environment and these: what is not for them is empty there.
         hidden = dict.fromkeys(not_for_a_task(os.environ), "") if self._private else {}
         LocalEnvironment.__init__(
@@ -238,12 +241,13 @@ class TaskEnvironment(InShells, LocalEnvironment):
             return _users_logins[state]
 
     def close(self) -> None:
-        """Remove the environment's own files; its processes must have ended."""
-        LocalEnvironment.cleanup(self)
+        """Remove the environment's own files that are not in the task's folders; its processes must have ended."""
         if self._logged_in:
             self._shells.close()
             self._launcher.wait()
-        remove_folder(self._channel)
+        if not self._private:
+            LocalEnvironment.cleanup(self)
+            remove_folder(self._channel)
 
 
 #: What the user's login shell leaves, by the environment that it starts from and the state of its files; the last one.

@@ -294,7 +294,7 @@ def remove_folder(folder: Path) -> None:
     warning says why.
     """
     failures: list[str] = []
-    with noted(failures, folder), contextlib.ExitStack() as held:
+    with noted(failures, str(folder)), contextlib.ExitStack() as held:
         parent = os.open(folder.parent, FOLDER)
         held.callback(os.close, parent)
         make_accessible(folder.name, parent)
@@ -311,7 +311,7 @@ def remove_folder(folder: Path) -> None:
                 os.rename(name, moved, src_dir_fd=inside, dst_dir_fd=top)
             waiting.append(moved)
 
-        def clear(inside: int, shown: Path) -> None:
+        def clear(inside: int, shown: str) -> None:
             with os.scandir(inside) as entries:
                 listed = list(entries)
             for entry in listed:
@@ -321,14 +321,14 @@ def remove_folder(folder: Path) -> None:
                     else:
                         os.unlink(entry.name, dir_fd=inside)
                 except OSError as error:
-                    failures.append(f"{shown / entry.name}: {error.strerror}")
+                    failures.append(f"{shown}/{entry.name}: {error.strerror}")
 
-        clear(top, folder)
+        clear(top, str(folder))
         while waiting:
             name = waiting.pop()
-            with noted(failures, folder / name):
+            with noted(failures, f"{folder}/{name}"):
                 with kept_open(open_moved(name, top)) as inside:
-                    clear(inside, folder / name)
+                    clear(inside, f"{folder}/{name}")
                 os.rmdir(name, dir_fd=top)
         os.rmdir(folder.name, dir_fd=parent)
     if failures:
@@ -359,7 +359,7 @@ def make_accessible(name: str, folder: int) -> None:
 
 
 @contextlib.contextmanager
-def noted(failures: list[str], place: Path) -> Iterator[None]:
+def noted(failures: list[str], place: str) -> Iterator[None]:
     """Note what cannot be removed, and go on."""
     try:
         yield

@@ -91,12 +91,13 @@ class FolderLauncher(Launcher):
     """Starts shells as processes of this machine.
 
     Args:
-        channel: a folder for the pipes.
+        channel: a folder for the pipes, which is made if it is missing.
         bash: the program.
         environ: makes a shell's environment.
     """
 
     def __init__(self, channel: Path, bash: str, environ: Callable[[], Mapping[str, str]]) -> None:
+        channel.mkdir(mode=0o700, exist_ok=True)
         self.channel = channel
         self.channel_inside = str(channel)
         self._command = [bash, *COMMAND, str(channel)]

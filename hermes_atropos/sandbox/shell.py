@@ -6,10 +6,10 @@ to this side; the exports are given to the next fork. Functions, options and var
 the fork.
 
 A shell has two named pipes in the *channel*, a folder that the shell may only read: requests go in by one, replies come
-out by the other. A request is a line with the command's number, the length in bytes of what is evaluated before it and
-of the command, and the file for its standard input; then these two. Replies end with a null byte each: ``B`` and the
-shell's process id, ``P`` and a command's process group, ``S`` and the exports, ``D`` and the folder, ``E`` and the exit
-code. A shell begins with ``B`` and ``S``; a command that ends its own shell sends neither ``S`` nor ``D``.
+out by the other. A request is a line with the pipe for the output, the length in bytes of what is evaluated before it
+and of the command, and the file for its standard input; then these two. Replies end with a null byte each: ``B`` and
+the shell's process id, ``P`` and a command's process group, ``S`` and the exports, ``D`` and the folder, ``E`` and the
+exit code. A shell begins with ``B`` and ``S``; a command that ends its own shell sends neither ``S`` nor ``D``.
 
 A command knows the shell that stays as ``$$``, so ``kill $$`` is led to the fork. Whatever still ends the shell that
 stays ends the command too, and the next command gets another shell.
@@ -38,7 +38,7 @@ SETUP = r"""
 exec 9>&1 >/dev/null 2>&1
 __hermes_exports() { export -n PWD OLDPWD; builtin printf S; builtin export -p; builtin printf '\0'; }
 __hermes_next() {
-    read -r __hermes_number __hermes_exports __hermes_command __hermes_input &&
+    read -r __hermes_output __hermes_exports __hermes_command __hermes_input &&
         LC_ALL=C read -r -N "$__hermes_exports" __hermes_exports &&
         LC_ALL=C read -r -N "$__hermes_command" __hermes_command
 }
@@ -66,7 +66,7 @@ LOOP = r"""__hermes_channel=$1; shift; eval "$__hermes_setup"; while __hermes_ne
 __hermes_begin; eval "$__hermes_exports"
 eval "$__hermes_command" 9>&-
 __hermes_code=$?; __hermes_leave; exit "$__hermes_code"
-) <"$__hermes_input" >"$__hermes_channel/$__hermes_number" 2>&1 & wait "$!"; printf 'E%s\0' "$?" >&9
+) <"$__hermes_input" >"$__hermes_channel/$__hermes_output" 2>&1 & wait "$!"; printf 'E%s\0' "$?" >&9
 done
 """
 
@@ -216,6 +216,8 @@ class Shell:
         self.process: int | None = None
         self.exports: bytes | None = None
         self.open = True
+        #: The pipe for the next command's output, if the last one left nobody who can write to it.
+        self.output: Path | None = None
         self._received = b""
         requests, replies = (launcher.channel / f"{name}.{kind}" for kind in ("requests", "replies"))
         for path in (requests, replies):
@@ -267,6 +269,7 @@ class Run:
         self._code: int | None = None
         self._reason: Reason = "exited"
         self._enough = False
+        self._read_to_end = False
         self.exports: bytes | None = None
 
     @property
@@ -275,8 +278,9 @@ class Run:
 
     def follow(self, number: int, exports: bytes) -> Ended:
         launcher = self._shell.launcher
-        output, given = launcher.channel / str(number), launcher.channel / f"{number}.in"
-        os.mkfifo(output, 0o600)
+        output, given = self._shell.output or launcher.channel / f"{number}.out", launcher.channel / f"{number}.in"
+        if self._shell.output is None:
+            os.mkfifo(output, 0o600)
         self._output = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
         try:
             stdin = os.devnull
@@ -286,14 +290,17 @@ class Run:
             command, before = script(self._request.command), entering(self._request.folder) + exports
             if b"\0" in command:
                 raise ValueError("The command holds a null byte, which bash cannot read.")
-            self._converse(f"{number} {len(before)} {len(command)} {stdin}\n".encode() + before + command)
+            self._converse(f"{output.name} {len(before)} {len(command)} {stdin}\n".encode() + before + command)
         except BaseException:
             self._signal(signal.SIGKILL)
             raise
         finally:
             os.close(self._output)
-            output.unlink(missing_ok=True)
-            given.unlink(missing_ok=True)
+            self._shell.output = output if self._read_to_end else None
+            if not self._read_to_end:
+                output.unlink(missing_ok=True)
+            if self._request.stdin is not None:
+                given.unlink(missing_ok=True)
         if self._code is None:
             return Ended(128 + signal.SIGKILL, "killed" if self._reason == "exited" else self._reason, None)
         return Ended(self._code, self._reason, self._folder)
@@ -351,6 +358,7 @@ class Run:
         piece = os.read(self._output, 65536)
         if piece and self._request.collect(piece) is False:
             self._enough = True
+        self._read_to_end = not piece
         return bool(piece)
 
     def _end(self) -> None:
