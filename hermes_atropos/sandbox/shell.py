@@ -36,14 +36,14 @@ __all__ = ["COMMAND", "SCRIPTS", "Ended", "Launcher", "Request", "Shells"]
 #: What a shell evaluates first. 9 is its way out for replies, which a command doesn't inherit.
 SETUP = r"""
 exec 9>&1 >/dev/null 2>&1
-__hermes_exports() { export -n PWD OLDPWD; builtin printf S; builtin export -p; builtin printf '\0'; }
+__hermes_exports() { export -n PWD OLDPWD; builtin printf S; builtin export -p; }
 __hermes_next() {
     read -r __hermes_output __hermes_exports __hermes_command __hermes_input &&
         LC_ALL=C read -r -N "$__hermes_exports" __hermes_exports &&
         LC_ALL=C read -r -N "$__hermes_command" __hermes_command
 }
 __hermes_begin() { set +m; disown -a; __hermes_self=$BASHPID; printf 'P%s\0' "$BASHPID" >&9; }
-__hermes_leave() { { __hermes_exports; builtin printf D; builtin pwd -P; builtin printf '\0'; } >&9 2>/dev/null; }
+__hermes_leave() { { __hermes_exports; builtin printf '\0D'; builtin pwd -P; builtin printf '\0'; } >&9 2>/dev/null; }
 kill() {
     local given=("$@") index
     for index in "${!given[@]}"; do
@@ -56,7 +56,7 @@ kill() {
 }
 unset __hermes_setup __hermes_loop __hermes_first __hermes_limits
 printf 'B%s\0' "$$" >&9
-(__hermes_exports) >&9
+(__hermes_exports; builtin printf '\0') >&9
 set -m
 """
 
@@ -308,8 +308,10 @@ class Run:
     def _converse(self, unsent: bytes) -> None:
         """Send the request, pass the output on, and read the replies, until the command has ended."""
         shell = self._shell
+        unsent = unsent[os.write(shell.requests, unsent) :]
         pipes = select.poll()
-        pipes.register(shell.requests, select.POLLOUT)
+        if unsent:
+            pipes.register(shell.requests, select.POLLOUT)
         pipes.register(shell.replies, select.POLLIN)
         pipes.register(self._output, select.POLLIN)
         deadline = time.monotonic() + self._request.timeout
@@ -331,7 +333,8 @@ class Run:
                         return self._end() if self.begun else shell.close()
                 elif not self._pass_on():
                     pipes.unregister(pipe)
-        linger(self._output, self._pass_on, LINGER, IDLE)
+        if not self._read_to_end:
+            linger(self._output, self._pass_on, LINGER, IDLE)
 
     def _listen(self) -> bool:
         """Read replies; False if the shell has ended, or says what no shell of ours says."""
