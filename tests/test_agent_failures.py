@@ -102,7 +102,7 @@ async def test_fault(name: str, saving: bool, workspace: Path, monkeypatch: pyte
     with nothing_left():
         async with agent.task() as task:
             result = await task.run("Go.")
-            assert any("sleep 1000" in command for command in processes().values()), "the verifier's to see"
+            until(lambda: any("sleep 1000" in command for command in processes().values()))  # the verifier's to see
 
     assert result["stop_reason"] is fault.reason
     trajectory = result["trajectory"]
