@@ -51,7 +51,7 @@ class Exchange:
     errors: dict[str, Message]
     calls: list[tuple[ToolCall, ToolCall]]
     reasoning: str | None
-    _written: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _written: dict[str, Mapping[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def as_written(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
         """A stored call as the model wrote it, unless it is not the model's, or says something else by now.

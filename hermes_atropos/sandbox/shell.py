@@ -296,8 +296,10 @@ class Run:
             raise
         finally:
             os.close(self._output)
-            self._shell.output = output if self._read_to_end else None
-            if not self._read_to_end:
+            if self._read_to_end:
+                self._shell.output = output
+            else:
+                self._shell.output = None
                 output.unlink(missing_ok=True)
             if self._request.stdin is not None:
                 given.unlink(missing_ok=True)
