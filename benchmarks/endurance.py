@@ -264,6 +264,17 @@ def all_processes() -> set[str]:
     return marked | {f"process {child.pid}" for child in psutil.Process().children(recursive=True)}
 
 
+def put_aside() -> list[int]:
+    """The numbers of rollouts in the records that were put aside, which are removed; the next are put there."""
+    numbers: list[int] = []
+    if ASIDE.exists():
+        numbers += [int(record.metadata["item"]) for record in read_records(ASIDE)]
+        ASIDE.unlink()  # in half an hour they are gigabytes
+    if RECORDS.exists():
+        RECORDS.rename(ASIDE)
+    return numbers
+
+
 class Endurance:
     """A run of the benchmark, and what was found in it."""
 
@@ -272,7 +283,7 @@ class Endurance:
         held = options.sandbox == "walled" and "pids" in hierarchies()
         self.weights = {name: kind.weight for name, kind in KINDS.items() if held or not kind.held}
         self.started, self.again, self.over = 0, 0, False
-        self.ended, self.trajectories, self.records = Counter[int](), Counter[int](), Counter[int]()
+        self.ended, self.unrecorded = 0, Counter[int]()  # by number, trajectories without a record; less than 0: twice
         self.outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.levels: list[tuple[float, dict[str, float]]] = []
         self.wrong: list[str] = []
@@ -292,15 +303,12 @@ class Endurance:
         self.over = True
         await asyncio.gather(looking, *ended)
         for _ in range(2):  # what was put aside, and then the rest
-            await asyncio.to_thread(self._read_records)
+            await self._read_records()
 
-    def _read_records(self) -> None:
-        """Count what was put aside the last time, when someone may still have written to it; put the next aside."""
-        if ASIDE.exists():
-            self.records.update(int(record.metadata["item"]) for record in read_records(ASIDE))
-            ASIDE.unlink()  # in half an hour they are gigabytes
-        if RECORDS.exists():
-            RECORDS.rename(ASIDE)
+    async def _read_records(self) -> None:
+        """Count off what was put aside the last time, when someone may still have written to it; put the next aside."""
+        self.unrecorded.subtract(await asyncio.to_thread(put_aside))
+        self.unrecorded = Counter({number: count for number, count in self.unrecorded.items() if count})
 
     async def one(self, name: str | None = None) -> None:
         """The next rollout, of a kind that is drawn unless it is given."""
@@ -314,11 +322,11 @@ class Endurance:
         await asyncio.wait([course.run])
         del COURSES[number]
         outcome, trajectory = outcome_of(course.run)
-        self.ended[number] += 1
+        self.ended += 1
         self.outcomes[name][outcome] += 1
         self.again += max(0, course.attempts - 1)
         self.wrong += [f"{name}: rollout {number} {what}" for what in course.wrong(outcome, trajectory)]
-        self.trajectories[number] += sum(task.trajectory is not None for task in course.tasks)
+        self.unrecorded[number] += sum(task.trajectory is not None for task in course.tasks)
 
     async def _look(self, began: float) -> None:
         while not self.over:
@@ -327,19 +335,19 @@ class Endurance:
             self.levels.append((after, now))
             if len(self.levels) % round(LINE_S / LOOK_S) == 0:
                 in_use = ", ".join(f"{value:.0f} {name}" for name, value in now.items())
-                ended = f"{self.ended.total()} ended, {len(COURSES)} under way, {len(self.wrong)} wrong"
+                ended = f"{self.ended} ended, {len(COURSES)} under way, {len(self.wrong)} wrong"
                 say(f"{after:6.0f} s: {ended}; {in_use}; load {os.getloadavg()[0]:.0f}")
-                await asyncio.to_thread(self._read_records)
+                await self._read_records()
                 await self.env.wandb_log()  # as in training, which takes what verifiers and servers measured
 
     def unaccounted(self) -> Iterator[str]:
-        """Rollouts that did not end once, records that are not as many, counts of the environment that differ."""
-        for number in range(self.started):
-            if number in COURSES:
-                yield f"{COURSES[number].name}: rollout {number} has not ended"
-            elif (self.ended[number], self.records[number]) != (1, self.trajectories[number]):
-                left = f"left {self.trajectories[number]} trajectories and {self.records[number]} records"
-                yield f"rollout {number} ended {self.ended[number]} times and {left}"
+        """Rollouts that have not ended, records that are too few or too many, what the environment counts otherwise."""
+        for number, course in COURSES.items():
+            yield f"{course.name}: rollout {number} has not ended"
+        if self.ended + len(COURSES) != self.started:
+            yield f"{self.started} rollouts were started, {self.ended} have ended, {len(COURSES)} have not"
+        for number, count in self.unrecorded.items():
+            yield f"rollout {number} has {abs(count)} records too {'few' if count > 0 else 'many'}"
         came = Counter(outcome.split()[0] for outcomes in self.outcomes.values() for outcome in outcomes.elements())
         expected = {"rollouts": came["score"], "rollouts failed": came["failed"], "verifiers failed": came["the"]}
         expected |= {"rollouts run again": self.again, "in flight": 0}
@@ -364,7 +372,7 @@ class Endurance:
         bounds = {name: share * value + (more_mb if name == "rss_mb" else more) for name, value in second.items()}
         risen = [name for name, bound in bounds.items() if last[name] > bound]
         figures: dict[str, Any] = {title: len(lines) for title, lines in found.items()}
-        figures |= {"rollouts": self.ended.total(), "rollouts_per_s": round(self.ended.total() / self.took, 2)}
+        figures |= {"rollouts": self.ended, "rollouts_per_s": round(self.ended / self.took, 2)}
         peaks = {name: round(max(now[name] for _, now in self.levels), 1) for name in second}
         outcomes = {name: dict(outcomes) for name, outcomes in self.outcomes.items()}
         figures |= {"outcomes": outcomes, "second_quarter": second, "last_quarter": last, "peaks": peaks}

@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import threading
+import tracemalloc
 import weakref
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from hermes_atropos.errors import ChatTemplateError, ConfigurationError, NoTokenizerError
 from hermes_atropos.rendering import TemplateRenderer, renderer_for
-from hermes_atropos.rendering.encoder import REMEMBERED_TOKENS, ChunkEncoder
+from hermes_atropos.rendering.encoder import REMEMBERED_BYTES, ChunkEncoder
 from hermes_atropos.rendering.library import LibraryRenderer
 from hermes_atropos.testing import chatml_tokenizer, tool_call
 from hermes_atropos.toolcalls import ParseStatus, tool_response, tools_prompt
@@ -1027,14 +1028,23 @@ class TestChunks:
         encoder = ChunkEncoder(Repeating(chatml_tokenizer()))
         for number in range(40):
             encoder(f"<|im_start|>{number}")
-        assert encoder.remembered <= REMEMBERED_TOKENS
+        assert 0 < encoder.remembered <= REMEMBERED_BYTES
+
+    def test_short_texts_count_with_what_they_take(self) -> None:
+        encoder = ChunkEncoder(chatml_tokenizer())
+        tracemalloc.start()
+        for number in range(REMEMBERED_BYTES // 200):
+            encoder(f"<|im_start|>{number}")
+        taken, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert taken < 1.5 * REMEMBERED_BYTES
 
 
 class Repeating(Wrapped):
     """All of its texts are long."""
 
     def encode(self, text: str, **options: Any) -> list[int]:
-        return [7] * (REMEMBERED_TOKENS // 10 * text.count("<|im_start|>"))
+        return [7] * (REMEMBERED_BYTES // 40 * text.count("<|im_start|>"))
 
 
 @pytest.fixture(scope="module")

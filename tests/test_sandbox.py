@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import LIMIT, nothing_left, processes, until
-from tools import file_tools, terminal_tool
+from tools import file_state, file_tools, terminal_tool
 from tools.environments.local import LocalEnvironment
 from tools.interrupt import set_interrupt
 from tools.process_registry import process_registry
@@ -438,13 +438,25 @@ class TestRelease:
         assert process_registry.read_log(left)["status"] == "not_found"
         last.release()
 
-    def test_what_it_has_read_is_forgotten(self, sandbox: HermesSandbox) -> None:
-        sandbox.write_bytes("notes", b"text")
-        with sandbox.entered():
-            file_tools.read_file_tool("notes", task_id=sandbox.hermes_id)
-        assert sandbox.hermes_id in file_tools._read_tracker
-        sandbox.release()
-        assert sandbox.hermes_id not in file_tools._read_tracker
+    def test_what_it_has_read_and_written_is_forgotten(self, tmp_path: Path) -> None:
+        """Otherwise a later task is warned of the changes that an earlier one made to a file of the same path."""
+
+        def noted() -> list[int]:
+            registry = file_state.get_registry()
+            notes = registry._reads, registry._last_writer, registry._path_locks
+            return [len(kept) for kept in (*notes, file_tools._read_tracker, file_tools._patch_failure_tracker)]
+
+        before = noted()
+        for text in ("one", "two"):
+            sandbox = HermesSandbox(workspace=tmp_path)
+            with sandbox.entered():
+                written = json.loads(file_tools.write_file_tool("notes", text, task_id=sandbox.hermes_id))
+                file_tools.read_file_tool("notes", task_id=sandbox.hermes_id)
+                file_tools.patch_tool(path="notes", old_string="three", new_string="", task_id=sandbox.hermes_id)
+            assert "_warning" not in written
+            assert noted() > before
+            sandbox.release()
+            assert noted() == before
 
     def test_other_processes_go_on(self, sandbox: HermesSandbox) -> None:
         other = HermesSandbox()

@@ -20,7 +20,7 @@ from hermes_atropos.environment.groups import arranged, means, rows
 from hermes_atropos.environment.rollouts import Rollouts, group_id
 from hermes_atropos.environment.serving import Serving
 from hermes_atropos.errors import ConfigurationError, RolloutFailed
-from hermes_atropos.hermes.profile import use_training_profile
+from hermes_atropos.hermes.profile import trim_heap, use_training_profile
 from hermes_atropos.proxy import CommandAgent
 from hermes_atropos.react import AgentConfig, AtroposAgent
 from hermes_atropos.sandbox.wall import try_wall
@@ -193,6 +193,7 @@ class HermesEnv(Rollouts, BaseEnv):
         measured = {f"train/{name}": fmean(values) for name, values in self.metrics.items() if values}
         happened = {f"train/{name.replace(' ', '_')}": count for name, count in self.counts.items()}
         self.metrics.clear()
+        trim_heap()  # once a training step, more or less
         await super().wandb_log({**(wandb_metrics or {}), **measured, **happened})
 
     @classmethod

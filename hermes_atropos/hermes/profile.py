@@ -24,7 +24,7 @@ from hermes_atropos.errors import ConfigurationError
 from hermes_atropos.runtime import once
 from hermes_atropos.sandbox.files import remove_at_end
 
-__all__ = ["active_profile", "freeze_heap", "use_training_profile"]
+__all__ = ["active_profile", "freeze_heap", "trim_heap", "use_training_profile"]
 
 # A config.yaml must exist: without one every read of the configuration expands all defaults again (about 5 ms, several
 # times a model call).
@@ -82,7 +82,7 @@ ENVIRONMENT = {
 }
 
 #: Of glibc's mallopt(3), in its malloc.h.
-M_ARENA_MAX = -8
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
 
 #: In Hermes' list of credentials, and needed elsewhere.
 OTHER_USES = {"HF_TOKEN", "GH_TOKEN", "GITHUB_TOKEN"}
@@ -114,7 +114,8 @@ def use_training_profile(
     the first agent is constructed, what the process holds by then, Hermes' modules above all, is taken out of the
     garbage collector's sight (``gc.freeze``): each of its looks through all of that would stop the event loop for a
     tenth of a second. glibc is told to take memory from two heaps: by default it keeps up to eight for each core, which
-    hundreds of threads fill in turn, and none has what another has freed.
+    hundreds of threads fill in turn, and none has what another has freed. It is also told to take large blocks apart
+    from them and to give those back at once, and not, as by default, to do so less and less.
 
     Args:
         context_length: tokens that the model can read, by which Hermes compresses; None takes what the server says.
@@ -149,6 +150,7 @@ def use_training_profile(
     os.environ.setdefault("TMPDIR", tempfile.gettempdir())  # from 0.21, Hermes takes another, and prunes it
     with contextlib.suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 * 1024)
     _active, _log_folder = home, None if log_folder is None else Path(log_folder).absolute()
     for name in provider_credentials() - OTHER_USES - set(keep_env):
         os.environ.pop(name, None)
@@ -161,6 +163,13 @@ def freeze_heap() -> None:
     if _active is not None:
         gc.collect()
         gc.freeze()
+
+
+def trim_heap() -> None:
+    """Have glibc give back what is free between what is not, which takes milliseconds; nothing without the profile."""
+    if _active is not None:
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def provider_credentials() -> set[str]:

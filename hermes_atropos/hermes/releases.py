@@ -90,7 +90,7 @@ class Release:
     _sudo, _lifecycle = "tools.terminal_tool_sudo", "tools.terminal_tool_lifecycle"
 
     def forget(self, task_id: str) -> None:
-        """Have the file tools forget what a task has read: they do with its environment."""
+        """Have the file tools forget what a task has read and written: they do with its environment."""
 
     def nobody_waits(self) -> None:
         """Tell Hermes' tools not to promise a later report: nobody is there to deliver it."""
@@ -103,11 +103,28 @@ class Before021(Release):
     _sudo = _lifecycle = "tools.terminal_tool"
 
     def forget(self, task_id: str) -> None:
-        """These releases remember it for good."""
+        """These releases remember it for good, and warn whoever has a file of the same path later."""
+        from tools.file_state import get_registry
         from tools.file_tools import _read_tracker, _read_tracker_lock
 
         with _read_tracker_lock:
             _read_tracker.pop(task_id, None)
+        registry = get_registry()
+        with registry._state_lock:
+            paths = registry._reads.pop(task_id, {})
+            for path in paths:
+                if registry._last_writer.get(path, ("",))[0] == task_id:
+                    del registry._last_writer[path]
+        with registry._meta_lock:
+            for path in paths:
+                registry._path_locks.pop(path, None)
+        self._forget_failed_patches(task_id)
+
+    def _forget_failed_patches(self, task_id: str) -> None:
+        from tools.file_tools import _patch_failure_lock, _patch_failure_tracker
+
+        with _patch_failure_lock:
+            _patch_failure_tracker.pop(task_id, None)
 
 
 class Before020(Before021):
@@ -146,7 +163,13 @@ class Before016(Before017):
         yield
 
 
+class Before015(Before016):
+    def _forget_failed_patches(self, task_id: str) -> None:
+        """These releases count none."""
+
+
 RELEASES: Mapping[str, type[Release]] = {
+    "0.15": Before015,
     "0.16": Before016,
     "0.17": Before017,
     "0.18": Before018,

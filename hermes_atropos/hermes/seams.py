@@ -86,6 +86,9 @@ def _methods(module: str, owner: str, *, since: str | None = None, **methods: st
     ]
 
 
+#: What Hermes notes of files that were read and written, and the locks of that.
+FILE_STATE = ("_reads", "_last_writer", "_path_locks", "_state_lock", "_meta_lock")
+
 SEAMS: list[Seam] = [
     # The agent: what its loop calls on itself, and what we call on it.
     *_methods(
@@ -226,10 +229,14 @@ SEAMS: list[Seam] = [
     Seam("tools.process_registry", "save_completed_result", ("session",), since="0.21"),
     Seam("tools.file_tools", "_read_tracker", until="0.21"),
     Seam("tools.file_tools", "_read_tracker_lock", until="0.21"),
+    Seam("tools.file_tools", "_patch_failure_tracker", since="0.15", until="0.21"),
+    Seam("tools.file_tools", "_patch_failure_lock", since="0.15", until="0.21"),
+    *(Seam("tools.file_state", f"_registry.{name}", until="0.21") for name in FILE_STATE),
     Seam("tools.read_extract", "is_extractable_document", ("path",), since="0.19"),
     Seam("tools.image_source", "resolve_image_source", ("src", "ctx"), since="0.19"),
     Seam("tools.image_source", "_is_local_terminal_backend", (), since="0.19"),
     Seam("tools.image_source", "_http_block_reason", ("url",), since="0.19"),
+    Seam("tools.file_state", "get_registry", (), until="0.21"),
     Seam("tools.file_state", "lock_path", ("resolved_or_path",), since="0.19"),
     Seam("tools.file_state", "record_read", ("task_id",), since="0.19"),
     Seam("tools.file_state", "note_write", ("task_id",), since="0.19"),

@@ -13,8 +13,10 @@ from hermes_atropos.rendering.tokenizers import LONG
 
 __all__ = ["ChunkEncoder"]
 
-#: Tokens that are remembered, all chunks together: about 4 MB of ids.
-REMEMBERED_TOKENS = 2**20
+#: Memory that the chunks may take, texts and ids together: about a million tokens in long ones.
+REMEMBERED_BYTES = 2**23
+#: What a chunk takes beside its characters and ids: a string, an array and its place.
+OVERHEAD_BYTES = 300
 
 
 class ChunkEncoder:
@@ -32,7 +34,7 @@ class ChunkEncoder:
         #: Text and id of each special token.
         self.special = {str(token): token_id for token_id, token in added.items() if token.special}
         self._memo: OrderedDict[str, array[int]] = OrderedDict()
-        #: Tokens of the chunks that are remembered.
+        #: Bytes of the chunks that are remembered.
         self.remembered = 0
         self._lock = threading.Lock()
         self._cut: re.Pattern[str] | None = None
@@ -80,15 +82,19 @@ class ChunkEncoder:
                 self._memo.move_to_end(text)
                 return ids
         ids = array("I", self.whole(text))
-        if len(ids) > REMEMBERED_TOKENS // 4:
+        if _size(text, ids) > REMEMBERED_BYTES // 4:
             return ids
         with self._lock:
             if text not in self._memo:
                 self._memo[text] = ids
-                self.remembered += len(ids)
-            while self.remembered > REMEMBERED_TOKENS:
-                self.remembered -= len(self._memo.popitem(last=False)[1])
+                self.remembered += _size(text, ids)
+            while self.remembered > REMEMBERED_BYTES:
+                self.remembered -= _size(*self._memo.popitem(last=False))
         return ids
+
+
+def _size(text: str, ids: array[int]) -> int:
+    return len(text) + ids.itemsize * len(ids) + OVERHEAD_BYTES
 
 
 def _overlapping(cuts: list[str], others: list[str]) -> bool:
