@@ -6,14 +6,16 @@ import functools
 import importlib
 import inspect
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import run_agent
+from agent import coding_context
 from packaging.version import Version
 from run_agent import AIAgent
-from support import agent_saying, server_of, terminal
+from support import agent_saying, run_script, server_of, terminal
 from tools import delegate_tool
 from tools.environments.local import LocalEnvironment
 
@@ -210,6 +212,55 @@ def test_a_rollouts_project_is_what_hermes_finds(tmp_path: Path, where: str, mar
         (tmp_path / marker).touch()
     ours, theirs = looked_up("agent.coding_context._marker_root", tmp_path / where)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("function", ["_marker_root", "_git_root"])
+def test_a_tasks_own_folders_are_in_nobodys_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for name in ("tmp", ".git"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "Makefile").touch()
+    find = getattr(coding_context, function)
+    with agent_saying("Hi.").task() as task:
+        folder = Path(task.sandbox.workspace)
+        (folder / "deep").mkdir()
+        monkeypatch.setattr(task._agent, "_rollout", task._rollout)  # as during a run
+        with acting_for(task._agent):
+            assert find(tmp_path) == find(tmp_path / "tmp") == tmp_path
+            assert find(folder / "deep") is None
+            (folder / ".git").mkdir()
+            (folder / "Makefile").touch()
+            assert find(folder / "deep") == folder
+    assert find(tmp_path) == tmp_path
+
+
+def test_in_training_the_configuration_is_that_of_the_file_and_there_is_no_account(tmp_path: Path) -> None:
+    script = """
+import os
+from hermes_atropos import use_training_profile
+home = use_training_profile()
+from hermes_atropos.hermes.acting import acting_for
+from support import agent_saying
+from hermes_cli.config import load_config_readonly
+from tools import tool_backend_helpers
+
+def in_a_rollout(function):
+    with acting_for(agent):
+        return function()
+
+agent = agent_saying("Hi.")
+file = home / "config.yaml"
+for turns in (7, 8):
+    file.write_text(file.read_text() + f"agent: {{max_turns: {turns}}}\\n")
+    print([in_a_rollout(load_config_readonly)["agent"]["max_turns"] for _ in range(2)])
+print(in_a_rollout(load_config_readonly) is in_a_rollout(load_config_readonly))
+file.unlink()
+print(in_a_rollout(load_config_readonly) == load_config_readonly())
+print(in_a_rollout(tool_backend_helpers.managed_nous_tools_enabled))
+"""
+    assert run_script(script, tmp_path).stdout.splitlines() == ["[7, 7]", "[8, 8]", "True", "True", "False"]
 
 
 def test_the_page_on_releases_names_all_that_is_wrapped() -> None:

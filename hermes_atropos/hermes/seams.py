@@ -190,6 +190,7 @@ SEAMS: list[Seam] = [
     Seam("tools.approval", "_get_approval_config", (), since="0.15", until="0.20"),
     Seam("hermes_cli.config", "load_config", (), since="0.15"),
     Seam("hermes_cli.config", "load_config_readonly", (), since="0.15"),
+    Seam("tools.tool_backend_helpers", "managed_nous_tools_enabled", (), until="0.20"),
     Seam("tools.environments.local", "_append_missing_sane_path_entries", ("existing_path",), since="0.22"),
     Seam("tools.environments.local", "_user_tools_first", ("existing_path",), since="0.22"),
     Seam("tools.environments.base", "touch_activity_if_due", ("state", "label")),

@@ -90,6 +90,11 @@ class HermesSandbox(Sandbox):
         return TaskEnvironment(self._folders) if backend() == "local" else None
 
     @property
+    def root(self) -> Path | None:
+        """The folder that holds all of the task's own folders; None if it has none."""
+        return self._folders.root
+
+    @property
     def inside(self) -> str:
         """The workspace's path to the task's commands."""
         return str(self.workspace)

@@ -158,6 +158,28 @@ def _configuration(agent: Hooks, original: Callable[[], dict[str, Any]]) -> dict
     return _copied(load_config_readonly())
 
 
+def _unchanged(agent: Hooks, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The user's configuration, which no caller may change. Before it takes what it read last, Hermes looks at five
+    files and folders, several times a model call; in a training run nothing but the profile's file says anything."""
+    home = str(profile.active_profile())
+    with contextlib.suppress(OSError):  # no such file: Hermes knows what to do
+        if os.environ.get("HERMES_HOME") == home:
+            status = os.stat(f"{home}/config.yaml")
+            return _read_at(original, home, status.st_mtime_ns, status.st_size)
+    return original()
+
+
+@functools.lru_cache(maxsize=1)
+def _read_at(original: Callable[[], dict[str, Any]], *version: str | int) -> dict[str, Any]:
+    return original()
+
+
+def _no_account(agent: Hooks, original: Callable[..., bool], **options: Any) -> bool:
+    """Whether the user subscribes to Nous Research's tools: before 0.20 the prompt says so. A training run has no
+    account, and Hermes looks for one in eight files."""
+    return profile.active_profile() is None and original(**options)
+
+
 def _copied(value: Any) -> Any:
     """What YAML says, anew: of its kinds of values only these two can be changed in place."""
     if type(value) is dict:
@@ -190,11 +212,26 @@ def _project(agent: Hooks, original: Callable[[Path], Path | None], cwd: Path) -
     Where none of the folders lists one there is nothing to look for. The folder of temporary files, which may be long,
     is never a project.
     """
-    folder, temporary = cwd.resolve(), Path(tempfile.gettempdir()).resolve()
+    folders, own = _up_from(cwd, agent)
+    temporary = None if own else Path(tempfile.gettempdir()).resolve()
     with contextlib.suppress(OSError):
-        if not any(_may_be_a_project(above) for above in (folder, *folder.parents)[:7] if above != temporary):
+        if not any(_may_be_a_project(folder) for folder in folders[:7] if folder != temporary):
             return None
     return original(cwd)
+
+
+def _repository(agent: Hooks, original: Callable[[Path], Path | None], cwd: Path) -> Path | None:
+    """The repository that a folder is in, looked for as often."""
+    folders, own = _up_from(cwd, agent)
+    return next((folder for folder in folders if (folder / ".git").exists()), None) if own else original(cwd)
+
+
+def _up_from(cwd: Path, agent: Hooks) -> tuple[list[Path], bool]:
+    """A folder and those that hold it; where it is among a task's own, which are in nobody's project, these alone."""
+    folder = cwd.resolve()
+    folders = [folder, *folder.parents]
+    root = agent._sandbox and agent._sandbox.root
+    return (folders[: folders.index(root)], True) if root in folders else (folders, False)
 
 
 def _may_be_a_project(folder: Path) -> bool:
@@ -225,7 +262,10 @@ WRAPPED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("tools.registry", "ToolRegistry.dispatch"): _in_its_turn,
     ("tools.tool_result_storage", "get_spillover_dir"): _in_the_sandbox,
     ("hermes_cli.config", "load_config"): _configuration,
+    ("hermes_cli.config", "load_config_readonly"): _unchanged,
+    ("tools.tool_backend_helpers", "managed_nous_tools_enabled"): _no_account,
     ("agent.coding_context", "_marker_root"): _project,
+    ("agent.coding_context", "_git_root"): _repository,
     ("tools.approval", "_get_approval_config"): _approvals,
 }
 
