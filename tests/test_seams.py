@@ -252,15 +252,16 @@ def in_a_rollout(function):
 
 agent = agent_saying("Hi.")
 file = home / "config.yaml"
-for turns in (7, 8):
-    file.write_text(file.read_text() + f"agent: {{max_turns: {turns}}}\\n")
-    print([in_a_rollout(load_config_readonly)["agent"]["max_turns"] for _ in range(2)])
+before = file.read_text()
+for own in (7, 70):
+    file.write_text(before + f"own: {own}\\n")
+    print([in_a_rollout(load_config_readonly)["own"] for _ in range(2)])
 print(in_a_rollout(load_config_readonly) is in_a_rollout(load_config_readonly))
 file.unlink()
 print(in_a_rollout(load_config_readonly) == load_config_readonly())
 print(in_a_rollout(tool_backend_helpers.managed_nous_tools_enabled))
 """
-    assert run_script(script, tmp_path).stdout.splitlines() == ["[7, 7]", "[8, 8]", "True", "True", "False"]
+    assert run_script(script, tmp_path).stdout.splitlines() == ["[7, 7]", "[70, 70]", "True", "True", "False"]
 
 
 def test_the_page_on_releases_names_all_that_is_wrapped() -> None:
