@@ -455,7 +455,9 @@ class TestRelease:
                 file_tools.patch_tool(path="notes", old_string="three", new_string="", task_id=sandbox.hermes_id)
             assert "_warning" not in written
             assert noted() > before
+            assert sandbox.hermes_id in file_tools._read_tracker
             sandbox.release()
+            assert sandbox.hermes_id not in file_tools._read_tracker
             assert noted() == before
 
     def test_other_processes_go_on(self, sandbox: HermesSandbox) -> None:

@@ -226,6 +226,8 @@ def test_a_tasks_own_folders_are_in_nobodys_project(
     with agent_saying("Hi.").task() as task:
         folder = Path(task.sandbox.workspace)
         (folder / "deep").mkdir()
+        for number in range(1100):  # more than are listed, so that Hermes itself looks
+            (folder / "deep" / str(number)).touch()
         monkeypatch.setattr(task._agent, "_rollout", task._rollout)  # as during a run
         with acting_for(task._agent):
             assert find(tmp_path) == find(tmp_path / "tmp") == tmp_path
@@ -238,7 +240,6 @@ def test_a_tasks_own_folders_are_in_nobodys_project(
 
 def test_in_training_the_configuration_is_that_of_the_file_and_there_is_no_account(tmp_path: Path) -> None:
     script = """
-import os
 from hermes_atropos import use_training_profile
 home = use_training_profile()
 from hermes_atropos.hermes.acting import acting_for

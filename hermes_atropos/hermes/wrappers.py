@@ -217,7 +217,8 @@ def _project(agent: Hooks, original: Callable[[Path], Path | None], cwd: Path) -
     with contextlib.suppress(OSError):
         if not any(_may_be_a_project(folder) for folder in folders[:7] if folder != temporary):
             return None
-    return original(cwd)
+    found = original(cwd)
+    return found if found in folders else None
 
 
 def _repository(agent: Hooks, original: Callable[[Path], Path | None], cwd: Path) -> Path | None:
