@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
-
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_before_delay
 
 from hermes_atropos.errors import (
     BackendConnectionError,
@@ -83,28 +82,25 @@ class Pool:
             BackendError: the last failure, typed, with URL, status, body and the number of requests made; the server's
                 own exception is its ``__cause__``.
         """
-        retrying = AsyncRetrying(
-            retry=retry_if_exception(self._worth_another_try),
-            wait=self._pause,
-            stop=stop_after_attempt(ATTEMPTS) | stop_before_delay(self.patience_s),
-            reraise=True,
-        )
+        deadline = time.monotonic() + self.patience_s
         server: Any = None
         failure: BackendError | None = None
-
-        async def attempt() -> T:
-            nonlocal server, failure
-            server = await self._choose(split, family, server, failure)
-            try:
-                return await self._in_slot(server, split, request)
-            except BackendError as error:
-                failure, error.attempts = error, retrying.statistics["attempt_number"]
-                raise
-
         try:
-            return await retrying(attempt)
+            for attempt in itertools.count(1):
+                server = await self._choose(split, family, server, failure)
+                try:
+                    return await self._in_slot(server, split, request)
+                except BackendError as error:
+                    failure, error.attempts = error, attempt
+                    if not self._worth_another_try(error):
+                        raise
+                    pause = self._pause(error)
+                    if attempt == ATTEMPTS or time.monotonic() + pause >= deadline:
+                        raise
+                await asyncio.sleep(pause)
+            raise AssertionError("count() has no end")
         finally:
-            retrying.iter_state.reset()  # which refers back to it: garbage that only the collector would find
+            failure = None  # whose traceback leads back here: garbage that only the collector would find
 
     async def _choose(self, split: str, family: int | None, avoided: Any, failure: BackendError | None) -> Any:
         """The healthy server with the most room, another than the one avoided if there is one.
@@ -130,19 +126,18 @@ class Pool:
                 return home
         return best
 
-    def _pause(self, state: RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        logger.warning("model call failed (request %d): %s", state.attempt_number, error)
-        after = getattr(error, "retry_after", None)
-        if after is not None:
-            return float(after)
+    def _pause(self, error: BackendError) -> float:
+        """Seconds to wait before the next attempt."""
+        logger.warning("model call failed (request %d): %s", error.attempts, error)
+        if error.retry_after is not None:
+            return error.retry_after
         # Each healthy server is asked at once; only then is there anything to wait for.
-        waits = state.attempt_number - max(sum(map(_is_healthy, self.servers)), 1)
+        waits = error.attempts - max(sum(map(_is_healthy, self.servers)), 1)
         return 0.0 if waits < 0 else min(0.1 * 3**waits, 10.0)
 
-    def _worth_another_try(self, error: BaseException) -> bool:
+    def _worth_another_try(self, error: BackendError) -> bool:
         """Whether the same request may succeed later or elsewhere."""
-        if isinstance(error, BackendError) and error.status is not None:
+        if error.status is not None:
             # SGLang answers 500 to a request that it will never take: two of them are a refusal, if each was asked.
             once_more = error.status != 500 or error.attempts < max(2, len(self.servers))
             return error.status == 429 or (error.status >= 500 and once_more)
@@ -187,7 +182,8 @@ def _room(server: Any, split: str) -> int:
     """How many more calls the server takes at once. What others hold back for evaluation is not free."""
     semaphore = _semaphore(server, split)
     reserved = semaphore.min_val() if hasattr(semaphore, "min_val") else 0
-    return int(getattr(semaphore, "max_val", 0)) - reserved - _in_flight.get(server, Counter())[split]
+    under_way = _in_flight.get(server)
+    return int(getattr(semaphore, "max_val", 0)) - reserved - (under_way[split] if under_way else 0)
 
 
 def _is_healthy(server: Any) -> bool:
