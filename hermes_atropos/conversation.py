@@ -21,9 +21,10 @@ from typing import Any, cast
 from hermes_atropos.backends import Backend, ModelTurn, TrackingBackend
 from hermes_atropos.errors import BackendError, BackendTimeoutError, ContextLengthError, ToolCallRetriesError
 from hermes_atropos.logs import log_exchange, show
-from hermes_atropos.messages import SAMPLED_KEY, TURN_KEY
+from hermes_atropos.messages import SAMPLED_KEY, TURN_KEY, call_function
 from hermes_atropos.settings import Settings
-from hermes_atropos.toolcalls import ToolCall, error_result, from_openai, parse_text, validate
+from hermes_atropos.toolcalls import ToolCall, error_result, parse_text, validate
+from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads
 from hermes_atropos.trajectory import AgentResult, AgentStep, StopReason, ToolResult
 
 __all__ = ["Conversation", "assistant_message", "stop_reason_of", "tool_message"]
@@ -45,23 +46,37 @@ class Exchange:
         errors: the answers to the turn's invalid calls, by the id of the call.
         calls: its calls as they were validated and as the model wrote them, in order.
         reasoning: what it thought.
+        sampled_ids: the ids that the model gave its calls, by those that they have.
     """
 
     before: list[Message]
     errors: dict[str, Message]
     calls: list[tuple[ToolCall, ToolCall]]
     reasoning: str | None
-    _written: dict[str, Mapping[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    sampled_ids: dict[str, str] = field(init=False)
+    _shown: tuple[Message, str, Message] | None = field(default=None, init=False, repr=False)
 
-    def as_written(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A stored call as the model wrote it, unless it is not the model's, or says something else by now.
+    def __post_init__(self) -> None:
+        self.sampled_ids = {call.id: written.sampled_id for call, written in self.calls if written.sampled_id}
 
-        Remembered, because each request has all earlier calls in it.
+    def as_sampled(self, stored: Message) -> Message:
+        """The turn's stored message as the model wrote it: its thoughts and its calls, but for calls that the harness
+        has changed.
+
+        The last one is remembered, because each request has all earlier turns in it; the calls as text, because a
+        harness changes them where they stand.
         """
-        key = repr(stored)
-        if key not in self._written:
-            self._written[key] = _as_written(stored, self.calls)
-        return self._written[key]
+        calls = repr(stored.get("tool_calls"))
+        if self._shown and self._shown[1] == calls and self._shown[0] == stored:
+            message = self._shown[2]
+        else:
+            message = dict(stored)
+            if self.reasoning and not message.get("reasoning_content"):
+                message["reasoning_content"] = self.reasoning
+            if message.get("tool_calls"):
+                message["tool_calls"] = [_as_written(call, self.calls) for call in message["tool_calls"]]
+        self._shown = stored, calls, message
+        return message
 
 
 class Conversation:
@@ -126,12 +141,13 @@ class Conversation:
             self._exchanges[turn.ref] = Exchange(
                 list(before), errors, list(zip(turn.calls, written, strict=False)), turn.reasoning
             )
-            self.messages = [*prompt, *before, assistant_message(turn)]
+            answer = assistant_message(turn)
+            self.messages = [*prompt, *before, answer]
             if not turn.calls or len(errors) < len(turn.calls):
                 return turn
             # As long as no other follows, the attempt is an answer that a harness may go on from.
             self.messages += errors.values()
-            before += [assistant_message(turn) | {RETRY_KEY: True}, *errors.values()]
+            before += [answer | {RETRY_KEY: True}, *errors.values()]
         raise ToolCallRetriesError(
             f"The model's tool calls were invalid {len(attempts)} times in a row; last error: {turn.calls[0].error}",
             messages=self.messages,
@@ -147,7 +163,7 @@ class Conversation:
             return
         ledger = cast(TrackingBackend, self.backend).ledger
         refs = {turn.ref for turn in self.steps[-1] if turn.ref}
-        kept = any(message.get(TURN_KEY) in refs for message in prompt)
+        kept = any(message.get(TURN_KEY) in refs for message in reversed(prompt))
         if not kept and len(prompt) >= len(self._prompt) and prompt[: len(self._prompt) - 1] == self._prompt[:-1]:
             for ref in refs:
                 ledger.discard(ref, "the harness threw the answer away and asked again")
@@ -190,12 +206,8 @@ class Conversation:
         for message in messages:
             exchange = self._exchanges.get(message.get(TURN_KEY, ""))
             if exchange is not None:
-                ids = {call.id: written.sampled_id or call.id for call, written in exchange.calls}
-                message = dict(message)
-                if exchange.reasoning and not message.get("reasoning_content"):
-                    message["reasoning_content"] = exchange.reasoning
-                if message.get("tool_calls"):
-                    message["tool_calls"] = [exchange.as_written(call) for call in message["tool_calls"]]
+                ids = exchange.sampled_ids
+                message = exchange.as_sampled(message)
             elif message.get("tool_call_id") in ids:
                 message = {**message, "tool_call_id": ids[message["tool_call_id"]]}
             shown.append(message)
@@ -265,13 +277,24 @@ def _told_of_the_cut(turn: ModelTurn) -> list[ToolCall]:
 
 
 def _as_written(stored: Mapping[str, Any], calls: Sequence[tuple[ToolCall, ToolCall]]) -> Mapping[str, Any]:
-    """See :meth:`Exchange.as_written`."""
-    [given] = from_openai([stored])
+    """A stored call as the model wrote it, unless it is not the model's, or says something else by now."""
     blocks = _blocks([written for _, written in calls])
     for (valid, written), block in zip(calls, blocks, strict=True):
-        if (valid.id, valid.name, valid.arguments) == (given.id, given.name, given.arguments):
+        if _is(stored, valid):
             return {**written.to_openai(), "id": written.sampled_id or written.id, SAMPLED_KEY: block}
     return stored
+
+
+def _is(stored: Mapping[str, Any], call: ToolCall) -> bool:
+    """Whether a stored call is that one, its arguments unchanged."""
+    function = call_function(stored)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = loads(arguments) if arguments.strip() else {}
+        except BrokenJSON:
+            return False
+    return (stored.get("id"), function.get("name"), arguments or {}) == (call.id, call.name, call.arguments)
 
 
 def _blocks(calls: Sequence[ToolCall]) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any, Unpack
 from hermes_atropos import harness
 from hermes_atropos.backends import ModelTurn
 from hermes_atropos.backends.resolve import resolve
-from hermes_atropos.conversation import Conversation, assistant_message, stop_reason_of
+from hermes_atropos.conversation import Conversation, stop_reason_of
 from hermes_atropos.errors import BackendTimeoutError, ConfigurationError, ToolDefinitionError
 from hermes_atropos.logs import redact
 from hermes_atropos.messages import tool_call_block
@@ -310,7 +310,7 @@ class AgentTask(harness.Task):
             if not timer.expired():
                 raise
             raise BackendTimeoutError(f"no answer within turn_time_limit_s={config.turn_time_limit_s:g}") from error
-        messages.append(assistant_message(turn))
+        messages.append(dict(self._conversation.messages[-1]))
         return turn
 
     async def _act(self, turn: ModelTurn, messages: list[Message]) -> list[ToolResult]:

@@ -114,8 +114,8 @@ class TokenCalls:
             ignores_n = getattr(getattr(server, "config", None), "n_kwarg_is_ignored", False)
             # vLLM refuses several answers where each would be the same.
             parts = [1] * n if ignores_n or sampling.get("temperature") == 0 else [n]
-            asked = [await _ask(server, prompt_ids, prompt, part, sampling) for part in parts]
-            return [replace(sample, scaled=scaled) for answer in asked for sample in answer]
+            asked = [await _ask(server, prompt_ids, prompt, part, sampling, scaled) for part in parts]
+            return [sample for answer in asked for sample in answer]
 
         return await self.pool.call(ask, split=split, family=family)
 
@@ -197,7 +197,12 @@ def _joined(part: Sample, rest: Sample, asked: list[int]) -> Sample:
 
 
 async def _ask(
-    server: Any, prompt_ids: list[int], prompt: Callable[[], str], n: int, sampling: Mapping[str, Any]
+    server: Any,
+    prompt_ids: list[int],
+    prompt: Callable[[], str],
+    n: int,
+    sampling: Mapping[str, Any],
+    scaled: bool | None,
 ) -> list[Sample]:
     model = getattr(getattr(server, "config", None), "model_name", "default")
     arguments = {"model": model, "input_ids": prompt_ids, "n": n, **sampling}
@@ -207,10 +212,10 @@ async def _ask(
     if call is None:
         call = server.tokens_and_logprobs_completion
         arguments["prompt"] = prompt()
-    return _samples(await call(**arguments), n, url_of(server))
+    return _samples(await call(**arguments), n, url_of(server), scaled)
 
 
-def _samples(answer: Any, n: int, url: str | None) -> list[Sample]:
+def _samples(answer: Any, n: int, url: str | None, scaled: bool | None) -> list[Sample]:
     """The choices of ``(prompt_ids, [output_ids], [logprobs], [finish_reasons])``."""
     try:
         echo, outputs, logprobs, reasons = answer
@@ -227,7 +232,7 @@ def _samples(answer: Any, n: int, url: str | None) -> list[Sample]:
         details = dict(reason) if isinstance(reason, Mapping) else {"type": reason}
         kind = details.pop("type", None)
         weights = _weights(details, len(output_ids), url)
-        found.append(Sample(echo, output_ids, values, kind, {"server_url": url, **details}, weights))
+        found.append(Sample(echo, output_ids, values, kind, {"server_url": url, **details}, weights, scaled))
     return found
 
 

@@ -330,12 +330,12 @@ class TrackedBackend:
         for name in ("max_new_tokens", "max_completion_tokens"):
             if name in wanted:
                 wanted.setdefault("max_tokens", wanted.pop(name))
-        if "chat_template_kwargs" in wanted | extra:
+        if "chat_template_kwargs" in wanted or "chat_template_kwargs" in extra:
             raise SamplingError(
                 "the prompt is rendered here, not by the server: give chat_template_kwargs= where the agent or the "
                 "managed server is constructed"
             )
-        if strange := sorted(wanted.keys() - SAMPLING - CHAT_ONLY):
+        if strange := sorted(name for name in wanted if name not in SAMPLING and name not in CHAT_ONLY):
             raise SamplingError(
                 f"no token server knows {', '.join(strange)}: leave it out, or pass what yours knows in extra_body"
             )

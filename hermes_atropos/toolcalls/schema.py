@@ -50,7 +50,7 @@ def _validated(call: ToolCall, functions: Mapping[str, Mapping[str, Any]]) -> To
     if faults:
         error = f"The arguments of {call.name[:80]!r} do not fit its schema: {'; '.join(faults)}."
         return call.model_copy(update={"status": ParseStatus.INVALID_ARGUMENTS, "error": error})
-    return call.model_copy(update={"arguments": arguments})
+    return call if arguments is call.arguments else call.model_copy(update={"arguments": arguments})
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
