@@ -181,7 +181,7 @@ class TaskEnvironment(InShells, LocalEnvironment):
         else:
             self._channel = Path(tempfile.mkdtemp(prefix="hermes-atropos-channel-"))
         # Hermes' background processes get the trainer's environment and these: what is not for them is empty there.
-        hidden = dict.fromkeys(not_for_a_task(os.environ), "") if self._private else {}
+        hidden = dict.fromkeys(not_for_a_task(dict(os.environ)), "") if self._private else {}
         LocalEnvironment.__init__(
             self,
             cwd=str(folders.workspace),
@@ -214,7 +214,8 @@ class TaskEnvironment(InShells, LocalEnvironment):
         if not self._private:
             self._login_variables: Mapping[str, str] = {}
             return self._users_login()
-        environ = without(not_for_a_task(os.environ), os.environ)
+        trainers = dict(os.environ)
+        environ = without(not_for_a_task(trainers), trainers)
         with _login_lock:
             self._login_variables, aliases = login(tuple(sorted(environ.items())))
         self._snapshot_ready = True
@@ -267,7 +268,7 @@ def shell_files() -> tuple[tuple[str, int, int], ...]:
     return tuple(states)
 
 
-def not_for_a_task(environ: Mapping[str, str]) -> set[str]:
+def not_for_a_task(environ: dict[str, str]) -> set[str]:
     """The variables that a task of its own is not shown: the trainer's keys, its model providers, and its session.
 
     Hermes notes the session that it is at in the process's environment.

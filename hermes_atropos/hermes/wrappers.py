@@ -212,7 +212,8 @@ def _project(agent: Hooks, original: Callable[[Path], Path | None], cwd: Path) -
     Where none of the folders lists one there is nothing to look for. The folder of temporary files, which may be long,
     is never a project.
     """
-    folders, own = _up_from(cwd, agent)
+    own = _own_folders(cwd, agent)
+    folders = own or [cwd.resolve(), *cwd.resolve().parents]
     temporary = None if own else Path(tempfile.gettempdir()).resolve()
     with contextlib.suppress(OSError):
         if not any(_may_be_a_project(folder) for folder in folders[:7] if folder != temporary):
@@ -223,16 +224,19 @@ def _project(agent: Hooks, original: Callable[[Path], Path | None], cwd: Path) -
 
 def _repository(agent: Hooks, original: Callable[[Path], Path | None], cwd: Path) -> Path | None:
     """The repository that a folder is in, looked for as often."""
-    folders, own = _up_from(cwd, agent)
-    return next((folder for folder in folders if (folder / ".git").exists()), None) if own else original(cwd)
+    own = _own_folders(cwd, agent)
+    return next((folder for folder in own if (folder / ".git").exists()), None) if own else original(cwd)
 
 
-def _up_from(cwd: Path, agent: Hooks) -> tuple[list[Path], bool]:
-    """A folder and those that hold it; where it is among a task's own, which are in nobody's project, these alone."""
-    folder = cwd.resolve()
-    folders = [folder, *folder.parents]
+def _own_folders(cwd: Path, agent: Hooks) -> list[Path]:
+    """A folder and those that hold it, as far as they are the task's own, which are in nobody's project."""
+    own: list[Path] = []
     root = agent._sandbox and agent._sandbox.root
-    return (folders[: folders.index(root)], True) if root in folders else (folders, False)
+    folder = os.path.realpath(cwd)
+    while root and folder.startswith(f"{root}/"):
+        own.append(Path(folder))
+        folder = os.path.dirname(folder)
+    return own
 
 
 def _may_be_a_project(folder: Path) -> bool:
