@@ -19,6 +19,7 @@ import json
 import math
 import uuid
 from array import array
+from collections import deque
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ class Ledger:
             messages=messages,
         )
         if match.turn is None:
-            prompt.tools, prompt.topic = self._kept(match.tools), _topic(keys)
+            prompt.tools, prompt.topic = _kept(match.tools), _topic(keys)
         self._answers[prompt] = []
         self._prompts.setdefault(match.turn, []).append(prompt)
         return prompt
@@ -295,7 +296,7 @@ class Ledger:
 
     def _follow(self, messages: SequenceOf[Message], tools: Any, turn: Turn, done: int) -> None:
         """Remember that these messages, after the first ``done`` of the last list, lead to this turn."""
-        _, known, known_tools = self._last if done else (None, [], self._kept(tools))
+        _, known, known_tools = self._last if done else (None, [], _kept(tools))
         known += map(_copied, messages)
         self._last = turn, known, known_tools
 
@@ -321,12 +322,6 @@ class Ledger:
         topics = (prompt.topic for prompt in self.prompts(None) if self.answers(prompt))
         known = self._refer(messages) or _topic(map(_key, messages)) in topics
         return BreakCause.HISTORY_REWRITTEN if known else BreakCause.FIRST
-
-    def _kept(self, tools: Any) -> Any:
-        """A copy that the harness cannot alter, one for all conversations that have the same tools."""
-        return next((prompt.tools for prompt in self.prompts(None) if prompt.tools == tools), None) or copy.deepcopy(
-            tools
-        )
 
     def _cut(self, ids: SequenceOf[int]) -> Iterator[tuple[int, ...]]:
         """The ids in pieces, each of them the object that other prompts hold too."""
@@ -403,6 +398,21 @@ def _call_key(call: Mapping[str, Any]) -> tuple[Any, str]:
         except ValueError:
             return function.get("name"), arguments.strip()
     return function.get("name"), _canonical(arguments)
+
+
+#: The copies of tools that were made last.
+_copies: deque[Any] = deque(maxlen=8)
+
+
+def _kept(tools: Any) -> Any:
+    """A copy that the harness cannot alter, one for all rollouts that have the same tools."""
+    if tools is None:
+        return None
+    kept = next((known for known in tuple(_copies) if known == tools), None)
+    if kept is None:
+        kept = copy.deepcopy(tools)
+        _copies.append(kept)
+    return kept
 
 
 def _copied(message: Message) -> Message:
