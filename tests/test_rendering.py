@@ -23,6 +23,7 @@ from hermes_atropos.rendering import TemplateRenderer, renderer_for
 from hermes_atropos.rendering.encoder import REMEMBERED_BYTES, ChunkEncoder
 from hermes_atropos.rendering.library import LibraryRenderer
 from hermes_atropos.testing import chatml_tokenizer, tool_call
+from hermes_atropos.tokens import BreakCause
 from hermes_atropos.toolcalls import ParseStatus, tool_response, tools_prompt
 
 Messages = list[dict[str, Any]]
@@ -247,7 +248,7 @@ class TestBridge:
         ids = sampled(family, turn)
         bridge = renderer.bridge([*history, turn], ids, after, tools)
         if way in family.breaks or (family is families.MISTRAL_FAMILY and with_tools and after[0]["role"] == "user"):
-            assert bridge is None
+            assert isinstance(bridge, BreakCause)
             return
         tail = written_after(family, [*history, turn, *after], turn, tools)
         assert bridge == encode(tokenizer, tail)[1:]
@@ -286,7 +287,8 @@ class TestBridge:
             said, closed, _ = whole[len(text) :].partition(end)
             ids = encode(tokenizer, said + closed)
             bridge = renderer.bridge(history, ids, after, tools)
-            if bridge is None:  # what a user says may be taken for a result, where that decides on reasoning
+            if isinstance(bridge, BreakCause):
+                # What a user says may be taken for a result, where that decides on reasoning.
                 like_a_result = any(text.lstrip().startswith("<tool_response>") for text in (two, five))
                 assert family.breaks or family is families.MISTRAL_FAMILY or like_a_result
                 break
@@ -302,7 +304,7 @@ class TestBridge:
         renderer = RENDERERS[family.name]
         closed = renderer.bridge([*before, turn], sampled(family, turn), after)
         cut = renderer.bridge([*before, turn], sampled(family, turn, closed=False), after)
-        assert closed is None or cut == [sampled(family, turn)[-1], *closed]
+        assert isinstance(closed, BreakCause) or cut == [sampled(family, turn)[-1], *closed]
 
     @given(ids=st.lists(st.integers(5, 600), max_size=30), content=CONTENTS)
     @settings(max_examples=60, deadline=None)
@@ -319,7 +321,9 @@ class TestBridge:
     @pytest.mark.parametrize("ids", [[2, 5, 2], [2, 2], [2, 5], [0], [5, 0], [5, 1]], ids=str)
     def test_no_second_end_and_no_other(self, ids: list[int]) -> None:
         """``<|im_end|>`` is 2; 0 and 1 are ``<|endoftext|>`` and ``<|im_start|>``."""
-        assert renderer_for(chatml_tokenizer()).bridge([user("Go."), answer("x")], ids, [user("On.")]) is None
+        assert isinstance(
+            renderer_for(chatml_tokenizer()).bridge([user("Go."), answer("x")], ids, [user("On.")]), BreakCause
+        )
 
     def test_cost_depends_on_what_is_new(self) -> None:
         """What is encoded for a bridge does not grow with the conversation or with the tools."""
@@ -333,8 +337,8 @@ class TestBridge:
         tokenizer.characters = 0
         first = renderer.bridge(short, ids, [result("id", "A new result!")], TOOLS)
         counted, tokenizer.characters = tokenizer.characters, 0
-        assert renderer.bridge(long, ids, [result("id", "A new result?")], many) is not None
-        assert first is not None
+        assert not isinstance(renderer.bridge(long, ids, [result("id", "A new result?")], many), BreakCause)
+        assert not isinstance(first, BreakCause)
         assert tokenizer.characters == counted
         assert 0 < counted < 500
 
@@ -350,7 +354,7 @@ class TestBridge:
         ids=["calls that were not sampled", "no turn", "no prompt", "two turns", "nothing"],
     )
     def test_what_cannot_be_proven(self, history: Messages, new: Messages) -> None:
-        assert renderer_for(chatml_tokenizer()).bridge(history, [5, 2], new) is None
+        assert isinstance(renderer_for(chatml_tokenizer()).bridge(history, [5, 2], new), BreakCause)
 
     def test_another_answer(self) -> None:
         """A harness may ask again after an answer, with nothing between."""
@@ -362,14 +366,14 @@ class TestBridge:
             bridge = RENDERERS[family.name].bridge([user("Go."), answer("x")], ids, [])
             said = apply(TOKENIZERS[family.name], [user("Go."), answer("last words")])
             _, _, rest = said.partition("last words")[2].partition(family.special[0])
-            assert bridge is None or bridge == encode(TOKENIZERS[family.name], rest)
+            assert isinstance(bridge, BreakCause) or bridge == encode(TOKENIZERS[family.name], rest)
 
     def test_what_the_harness_said_in_the_models_name(self) -> None:
         tokenizer = chatml_tokenizer()
         bridge = renderer_for(tokenizer).bridge(
             [user("Go."), calls("a")], [5, 2], [result("a", "1"), answer("(empty)"), user("On.")]
         )
-        assert bridge is not None
+        assert not isinstance(bridge, BreakCause)
         assert tokenizer.decode(bridge).endswith(
             "</tool_response><|im_end|>\n<|im_start|>assistant\n(empty)<|im_end|>\n<|im_start|>user\nOn.<|im_end|>\n"
             "<|im_start|>assistant\n"
@@ -387,9 +391,9 @@ class TestBridge:
         renderer = RENDERERS[family.name]
         for way in families.WAYS:
             before, turn, after = going_on(family, way, "one", "two")
-            rewrites = renderer.rewrites([*before, turn], sampled(family, turn), after)
-            assert rewrites == (way in family.breaks)
-        assert not renderer.rewrites([user("Go."), user("On.")], [], [user("x")])
+            bridge = renderer.bridge([*before, turn], sampled(family, turn), after)
+            assert (bridge == BreakCause.TEMPLATE) == (way in family.breaks)
+        assert renderer.bridge([user("Go."), user("On.")], [], [user("x")]) is BreakCause.UNPROVABLE
 
     def test_a_refused_bridge_keeps_nothing_of_the_conversation(self) -> None:
         class Content(str):
@@ -400,7 +404,7 @@ class TestBridge:
         renderer = RENDERERS["Qwen 3 Thinking"]
         for _ in range(2):
             new_messages = [system("Be brief."), user(content)]
-            assert renderer.bridge([user("Go."), answer("Yes.")], [7], new_messages) is None
+            assert isinstance(renderer.bridge([user("Go."), answer("Yes.")], [7], new_messages), BreakCause)
         del new_messages, content
         gc.collect()
         assert kept() is None
@@ -588,7 +592,7 @@ class TestTerms:
         assert ids[:2] == ids[2:]
         assert ids[0] != ids[1]
         bridge = renderer.bridge(history, sampled(families.MISTRAL_FAMILY, history[-1]), after, TOOLS)
-        assert bridge is not None
+        assert not isinstance(bridge, BreakCause)
         assert text.endswith(renderer.decode(bridge))
 
     @pytest.mark.parametrize(("name", "end"), [("Llama 3.1", '"}}<|eot_id|>'), ("gpt-oss", '"}<|call|>')])
@@ -680,7 +684,7 @@ class TestUnprovable:
     def chatml(self, template: str) -> Any:
         return make_tokenizer(template, families.CHATML_TOKENS, families.TOOL_TAGS)
 
-    def bridge(self, tokenizer: Any, history: Messages | None = None, **options: Any) -> list[int] | None:
+    def bridge(self, tokenizer: Any, history: Messages | None = None, **options: Any) -> list[int] | BreakCause:
         renderer = TemplateRenderer(tokenizer, **options)
         return renderer.bridge(history or self.HISTORY, [10, 0], [user("More.")])
 
@@ -703,7 +707,7 @@ class TestUnprovable:
     )
     def test_a_template_that_does_more_than_append(self, template: str) -> None:
         tokenizer = self.chatml(template)
-        assert self.bridge(tokenizer) is None
+        assert isinstance(self.bridge(tokenizer), BreakCause)
         messages = [*self.HISTORY, user("More.")]
         assert TemplateRenderer(tokenizer).render(messages) == encode(tokenizer, apply(tokenizer, messages))
 
@@ -720,29 +724,30 @@ class TestUnprovable:
         assert "terminal" in renderer.decode(renderer.render(step)) or "earlier01" in renderer.decode(
             renderer.render(step)
         )
-        assert renderer.bridge([*step, calls("a")], [10, 0], [result("a", "y")]) is None
+        assert isinstance(renderer.bridge([*step, calls("a")], [10, 0], [result("a", "y")]), BreakCause)
 
     def test_the_same_that_only_appends(self) -> None:
-        assert self.bridge(self.chatml(families.HERMES3_PLAIN)) is not None
+        assert not isinstance(self.bridge(self.chatml(families.HERMES3_PLAIN)), BreakCause)
 
     def test_a_tokenizer_that_merges_over_the_end(self) -> None:
         """Where the end of a turn is plain text, its ids may depend on what was said."""
         tokenizer = make_tokenizer(families.HERMES3_PLAIN, ("<|endoftext|>",))
-        assert self.bridge(tokenizer) is None
+        assert isinstance(self.bridge(tokenizer), BreakCause)
 
     def test_options_of_the_template(self) -> None:
         """With ``keep_cots`` Hermes 4 keeps the reasoning that it drops otherwise."""
         tokenizer = families.HERMES4_FAMILY.tokenizer()
         turn = [*encode(tokenizer, "<think>Hm.</think>Four."), tokenizer.eos_token_id]
         dropping, keeping = renderer_for(tokenizer), renderer_for(tokenizer, keep_cots=True)
-        assert dropping.bridge(self.HISTORY, turn, [user("More.")]) is None
-        assert keeping.bridge(self.HISTORY, turn, [user("More.")]) is not None
+        assert isinstance(dropping.bridge(self.HISTORY, turn, [user("More.")]), BreakCause)
+        assert not isinstance(keeping.bridge(self.HISTORY, turn, [user("More.")]), BreakCause)
 
     def test_an_empty_block_that_only_the_prompt_has(self) -> None:
         """Qwen 3 without thinking: the prompt holds an empty block, which the template leaves out afterwards."""
         tokenizer = families.QWEN3_FAMILY.tokenizer()
-        assert renderer_for(tokenizer).bridge(self.HISTORY, [10, 0], [user("More.")]) is not None
-        assert renderer_for(tokenizer, enable_thinking=False).bridge(self.HISTORY, [10, 0], [user("More.")]) is None
+        assert not isinstance(renderer_for(tokenizer).bridge(self.HISTORY, [10, 0], [user("More.")]), BreakCause)
+        refused = renderer_for(tokenizer, enable_thinking=False).bridge(self.HISTORY, [10, 0], [user("More.")])
+        assert isinstance(refused, BreakCause)
 
 
 class TestFormats:
@@ -944,7 +949,7 @@ class TestMaking:
                 for turn in range(20):
                     messages = [user(f"{number % 3} {turn}")]
                     assert renderer.decode(renderer.render(messages)) == apply(tokenizer, messages)
-                    assert renderer.bridge([*messages, answer("x")], [10, 0], [user("y")]) is not None
+                    assert not isinstance(renderer.bridge([*messages, answer("x")], [10, 0], [user("y")]), BreakCause)
             except BaseException as failure:
                 failures.append(failure)
 
@@ -1012,7 +1017,7 @@ class TestChunks:
             assert ChunkEncoder(tokenizer)(text) == encode(tokenizer, text)
             history = [user("Go."), answer("Yes.")]
             bridge = TemplateRenderer(tokenizer).bridge(history, [*encode(tokenizer, "x")[:1], 0], [user("On.")])
-            assert bridge is not None
+            assert not isinstance(bridge, BreakCause)
             assert encode(tokenizer, text)[-len(bridge) :] == bridge
 
     def test_what_was_encoded_is_remembered(self) -> None:
@@ -1096,7 +1101,7 @@ class TestLibrary:
         tools = TOOLS if with_tools else None
         bridge = renderer_for(tokenizer).bridge([*before, turn], sampled(family, turn), after, tools)
         cut = renderer_for(tokenizer).bridge([*before, turn], sampled(family, turn, closed=False), after, tools)
-        if bridge is None:
+        if isinstance(bridge, BreakCause):
             assert way in family.breaks
             return
         assert bridge == encode(tokenizer, written_after(family, [*before, turn, *after], turn, tools))[1:]
@@ -1144,7 +1149,7 @@ class TestLibrary:
         renderer = renderer_for(tokenizer)
         renderer.parse(ids, TOOLS, ids)
         bridge = renderer.bridge([user("Go."), calls("a")], ids, [result("a", content)], TOOLS)
-        if bridge is not None and not renderer.stop_token_ids.intersection(ids):
+        if not isinstance(bridge, BreakCause) and not renderer.stop_token_ids.intersection(ids):
             # The library closes reasoning that was cut off, and then the turn.
             [thinking_ends] = encode(tokenizer, "</think>")
             assert bridge[bridge[0] == thinking_ends] in renderer.stop_token_ids

@@ -217,11 +217,8 @@ class NoBridge:
         ids = self.inner.render(messages, tools)
         return [len(messages) + 10, *ids] if self.anew else ids
 
-    def bridge(self, *_: Any) -> list[int] | None:
-        return None
-
-    def rewrites(self, *_: Any) -> bool:
-        return self.anew
+    def bridge(self, *_: Any) -> BreakCause:
+        return BreakCause.TEMPLATE if self.anew else BreakCause.UNPROVABLE
 
 
 @pytest.mark.parametrize(

@@ -258,13 +258,13 @@ class TrackedBackend:
         cause = None
         if match.turn is not None:
             output_ids = list(match.turn.output_ids)
-            delta = await off_loop(
+            bridge = await off_loop(
                 characters(match.new_messages) > INLINE_CHARS,
                 lambda: self.renderer.bridge(match.history, output_ids, match.new_messages, tools),
             )
-            if delta is not None:
-                return self.ledger.prompt(match, delta)
-            cause = self._break_cause(match, match.turn, tools)
+            if not isinstance(bridge, BreakCause):
+                return self.ledger.prompt(match, bridge)
+            cause = self._break_cause(match, match.turn, bridge)
         long = tools is not None or characters(messages) > INLINE_CHARS
         ids = await off_loop(long, lambda: self.renderer.render(messages, tools))
         return self.ledger.prompt(match, ids, cause)
@@ -283,15 +283,13 @@ class TrackedBackend:
             place, turn = place - turn.prompt.added, turn.before
         return told
 
-    def _break_cause(self, match: Match, turn: Turn, tools: Sequence[Tool] | None) -> BreakCause:
-        """Why the messages could not be appended to the turn that they continue."""
+    def _break_cause(self, match: Match, turn: Turn, told: BreakCause) -> BreakCause:
+        """Why the messages could not be appended to the turn that they continue; ``told`` is what the renderer says."""
         if match.rewritten:
             return BreakCause.HISTORY_REWRITTEN
         if self.finish_reason(turn) == "length":
             return BreakCause.TRUNCATED
-        if self.renderer.rewrites(match.history, list(turn.output_ids), match.new_messages, tools):
-            return BreakCause.TEMPLATE
-        return BreakCause.UNPROVABLE
+        return told
 
     async def _parse(self, turn: Turn, tools: Sequence[Tool] | None) -> ParsedText:
         output_ids = list(turn.output_ids)

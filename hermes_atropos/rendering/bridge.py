@@ -62,7 +62,7 @@ class TemplateRenderer(Renderer):
     results and the system prompt into user messages, JSON arguments into objects.
 
     ``bridge`` renders a short synthetic conversation (a probe, a probe's answer, the new messages) and takes what
-    stands after the answer's end token. It returns None unless all of this holds:
+    stands after the answer's end token. It returns ids only if all of this holds:
 
     - the turn ended with the end token that the template writes there, or without any, as a truncated one does, and
       an assistant message among the new ones, which a harness wrote, has no calls;
@@ -128,24 +128,11 @@ class TemplateRenderer(Renderer):
         turn_ids: Sequence[int],
         new_messages: Sequence[Message],
         tools: Sequence[Tool] | None = None,
-    ) -> list[int] | None:
+    ) -> list[int] | BreakCause:
         try:
             return self._bridge(history, turn_ids, new_messages, tools)
-        except Unproven:
-            return None
-
-    def rewrites(
-        self,
-        history: Sequence[Message],
-        turn_ids: Sequence[int],
-        new_messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
-    ) -> bool:
-        try:
-            self._bridge(history, turn_ids, new_messages, tools)
         except Unproven as reason:
-            return reason.cause is BreakCause.TEMPLATE
-        return False
+            return reason.cause
 
     def _layout(self, tools: Any) -> Layout:
         try:

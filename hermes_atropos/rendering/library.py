@@ -13,6 +13,7 @@ from hermes_atropos.messages import Message, Tool, call_function
 from hermes_atropos.rendering.bridge import TemplateRenderer
 from hermes_atropos.rendering.dialect import PROBE_TOOL, SYSTEM, USER, probe_call, probe_result
 from hermes_atropos.rendering.renderer import Renderer
+from hermes_atropos.tokens import BreakCause
 from hermes_atropos.toolcalls import ParsedText, ParseStatus, ToolCall
 from hermes_atropos.toolcalls.call import failed_call, named_call
 
@@ -86,9 +87,9 @@ class LibraryRenderer(Renderer):
         turn_ids: Sequence[int],
         new_messages: Sequence[Message],
         tools: Sequence[Tool] | None = None,
-    ) -> list[int] | None:
+    ) -> list[int] | BreakCause:
         if len(history) < 2 or not new_messages:
-            return None
+            return BreakCause.UNPROVABLE
         # The library looks at the end of the prompt alone, for what that opened: a short one with that end will do.
         context = [USER, probe_call(""), probe_result("")] if history[-2]["role"] == "tool" else [USER]
         try:
@@ -101,16 +102,9 @@ class LibraryRenderer(Renderer):
             bridged = None
         if bridged is not None and list(bridged.token_ids[: len(before)]) == before:
             return list(bridged.token_ids[len(before) :])
-        return self._template.bridge(history, turn_ids, new_messages, tools) if self._template else None
-
-    def rewrites(
-        self,
-        history: Sequence[Message],
-        turn_ids: Sequence[int],
-        new_messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
-    ) -> bool:
-        return self._template is not None and self._template.rewrites(history, turn_ids, new_messages, tools)
+        if self._template is None:
+            return BreakCause.UNPROVABLE
+        return self._template.bridge(history, turn_ids, new_messages, tools)
 
     def parse(self, output_ids: Sequence[int], tools: Sequence[Tool] | None, prompt_ids: Sequence[int]) -> ParsedText:
         parsed = self._library.parse_response(

@@ -8,6 +8,7 @@ from typing import Any
 from hermes_atropos.messages import Message, Tool
 from hermes_atropos.rendering.renderer import Renderer
 from hermes_atropos.rendering.tokenizers import template_text
+from hermes_atropos.tokens import BreakCause
 from hermes_atropos.toolcalls.formats import format_named
 
 __all__ = ["PlainRenderer"]
@@ -34,13 +35,13 @@ class PlainRenderer(Renderer):
         turn_ids: Sequence[int],
         new_messages: Sequence[Message],
         tools: Sequence[Tool] | None = None,
-    ) -> list[int] | None:
+    ) -> list[int] | BreakCause:
         answer = "the-answer-that-was-sampled"
         before = [*history[:-1], {"role": "assistant", "content": answer}]
         text = template_text(self.tokenizer, [*before, *new_messages], tools)
         start, found, appended = text.partition(answer)
         if not (new_messages and found and start == template_text(self.tokenizer, history[:-1], tools)):
-            return None
+            return BreakCause.UNPROVABLE
         ids = list(self.tokenizer.encode(appended, add_special_tokens=False))
         closed = bool(ids and turn_ids) and ids[0] == turn_ids[-1] and ids[0] in self.stop_token_ids
         return ids[1:] if closed else ids

@@ -9,6 +9,7 @@ from typing import Any
 
 from hermes_atropos.messages import Message, Tool
 from hermes_atropos.rendering.tokenizers import Vocabulary, decode
+from hermes_atropos.tokens import BreakCause
 from hermes_atropos.toolcalls import ParsedText, parse_text
 from hermes_atropos.toolcalls.formats import REASONING_TAGS
 
@@ -50,7 +51,7 @@ class Renderer(ABC):
         turn_ids: Sequence[int],
         new_messages: Sequence[Message],
         tools: Sequence[Tool] | None = None,
-    ) -> list[int] | None:
+    ) -> list[int] | BreakCause:
         """What to append to ``prompt + turn_ids``, so that the next assistant turn can begin.
 
         Args:
@@ -61,19 +62,10 @@ class Renderer(ABC):
             tools: the tools that the conversation's prompts were rendered with.
 
         Returns:
-            ``[extension_len] int``, or None where it can't be proven that the template would only append.
-            The cost depends on ``turn_ids`` and ``new_messages`` alone.
+            ``[extension_len] int``. Where it can't be proven that the template would only append: ``TEMPLATE`` if it
+            changes what stands before the new messages, else ``UNPROVABLE``. The time that it takes depends on
+            ``turn_ids`` and ``new_messages`` alone.
         """
-
-    def rewrites(
-        self,
-        history: Sequence[Message],
-        turn_ids: Sequence[int],
-        new_messages: Sequence[Message],
-        tools: Sequence[Tool] | None = None,
-    ) -> bool:
-        """Whether ``bridge`` gives None because the template changes what stands before the new messages."""
-        return False
 
     def parse(self, output_ids: Sequence[int], tools: Sequence[Tool] | None, prompt_ids: Sequence[int]) -> ParsedText:
         """Content, reasoning and tool calls of a sampled turn.
