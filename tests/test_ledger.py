@@ -206,6 +206,13 @@ def test_other_tools_are_another_prompt() -> None:
     assert model.ledger.locate(conversation, tools).turn is None, "altered in place, and not noticed"
 
 
+def test_rollouts_with_the_same_tools_share_a_copy() -> None:
+    tools = [{"type": "function", "function": {"name": "shared"}}]
+    kept = [Model().ask([user("one")], tools=copy.deepcopy(tools)).prompt.tools for _ in range(2)]
+    assert kept[0] is kept[1]
+    assert kept[0] == tools
+
+
 def test_samples_of_one_prompt_share_it_and_are_no_break() -> None:
     model = Model()
     first, second = (model.ask([user("one")], says=says) for says in ("a", "b"))

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -60,6 +61,28 @@ class TestOneLookForMany:
             thread.join(LIMIT)
         assert all(map(is_killed, started))
         assert len(looks) == 4, "one look for the first, one for all the others, of two listings each"
+
+    def test_who_comes_soon_after_a_look_shares_the_next(
+        self, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        marks = [uuid.uuid4().hex for _ in range(5)]
+        started += map(marked, marks)
+        listed, looks = processes.running, []
+
+        def counted() -> set[str]:
+            looks.append(None)
+            return listed()
+
+        monkeypatch.setattr(processes, "running", counted)
+        monkeypatch.setattr(processes, "_next_look", time.monotonic() + 1.0)
+        threads = [threading.Thread(target=kill_processes, args=(mark, None)) for mark in marks]
+        for number, thread in enumerate(threads, start=1):
+            thread.start()
+            until(lambda number=number: len(processes._searches) == number)
+        for thread in threads:
+            thread.join(LIMIT)
+        assert all(map(is_killed, started))
+        assert len(looks) == 2, "one look, of two listings"
 
     def test_who_has_nothing_left_does_not_wait_for_another_s(
         self, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
