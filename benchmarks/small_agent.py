@@ -119,15 +119,22 @@ def run_side(options: argparse.Namespace, side: str, threads: int = 0) -> dict[s
 
 
 class Clock:
-    """Time and processor time from now on, that of the commands included."""
+    """Time from now on until it is stopped, and processor time from now on until the figures are asked for.
+
+    A shell that stays is counted once it has ended, with all that it ran.
+    """
 
     def __init__(self) -> None:
         self._start = time.perf_counter(), cpu_seconds()
 
+    def stop(self) -> Clock:
+        self._end = time.perf_counter()
+        return self
+
     def figures(self, commands: int) -> dict[str, float]:
         start, cpu = self._start
         return {
-            "commands_per_s": commands / (time.perf_counter() - start),
+            "commands_per_s": commands / (self._end - start),
             "cpu_ms_per_command": (cpu_seconds() - cpu) * 1e3 / commands,
         }
 
@@ -147,23 +154,23 @@ async def run_bare(options: argparse.Namespace) -> dict[str, float]:
             terminal_tool.register_task_env_overrides(task, {"cwd": f"{folder}/{task}", "env_type": "local"})
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(lambda task: terminal_tool.terminal_tool(command="true", task_id=task), tasks))
-        figures = call_directly(tasks, options.threads)
+        clock = call_directly(tasks, options.threads)
         for task in tasks:
             terminal_tool.cleanup_vm(task)
-    return figures
+    return clock.figures(COMMANDS * options.rollouts)
 
 
 async def run_sandboxed(options: argparse.Namespace) -> dict[str, float]:
     from hermes_atropos.hermes.terminal import HermesSandbox
 
     sandboxes = [HermesSandbox() for _ in range(options.rollouts + 1)]
-    figures = call_directly([sandbox.hermes_id for sandbox in sandboxes], options.threads)
+    clock = call_directly([sandbox.hermes_id for sandbox in sandboxes], options.threads)
     for sandbox in sandboxes:
         sandbox.release()
-    return figures
+    return clock.figures(COMMANDS * options.rollouts)
 
 
-def call_directly(tasks: list[str], threads: int) -> dict[str, float]:
+def call_directly(tasks: list[str], threads: int) -> Clock:
     """Hermes' terminal tool on so many threads, in tasks whose environments are open; the first warms up."""
     import model_tools  # noqa: F401  (registers Hermes' tools)
     from tools.terminal_tool import terminal_tool
@@ -177,7 +184,7 @@ def call_directly(tasks: list[str], threads: int) -> dict[str, float]:
         run(tasks[0])
         clock = Clock()
         list(pool.map(run, tasks[1:]))
-        return clock.figures(COMMANDS * (len(tasks) - 1))
+        return clock.stop()
 
 
 async def run_small(options: argparse.Namespace) -> dict[str, float]:
@@ -221,10 +228,10 @@ async def run_tasks(agent: Any, options: argparse.Namespace) -> dict[str, float]
     start.set()
     for _ in rollouts:
         await finished.acquire()
-    figures = clock.figures(options.rollouts * COMMANDS)
+    clock.stop()
     end.set()
     await asyncio.gather(*rollouts)
-    return figures
+    return clock.figures(options.rollouts * COMMANDS)
 
 
 async def run_noop(options: argparse.Namespace) -> dict[str, float]:
