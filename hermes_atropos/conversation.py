@@ -24,7 +24,8 @@ from hermes_atropos.logs import log_exchange, show
 from hermes_atropos.messages import SAMPLED_KEY, TURN_KEY, call_function
 from hermes_atropos.settings import Settings
 from hermes_atropos.toolcalls import ToolCall, error_result, parse_text, validate
-from hermes_atropos.toolcalls.strict_json import BrokenJSON, loads
+from hermes_atropos.toolcalls.call import parsed_arguments
+from hermes_atropos.toolcalls.strict_json import BrokenJSON
 from hermes_atropos.trajectory import AgentResult, AgentStep, StopReason, ToolResult
 
 __all__ = ["Conversation", "assistant_message", "stop_reason_of", "tool_message"]
@@ -288,13 +289,11 @@ def _as_written(stored: Mapping[str, Any], calls: Sequence[tuple[ToolCall, ToolC
 def _is(stored: Mapping[str, Any], call: ToolCall) -> bool:
     """Whether a stored call is that one, its arguments unchanged."""
     function = call_function(stored)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = loads(arguments) if arguments.strip() else {}
-        except BrokenJSON:
-            return False
-    return (stored.get("id"), function.get("name"), arguments or {}) == (call.id, call.name, call.arguments)
+    try:
+        arguments = parsed_arguments(function.get("arguments"))
+    except BrokenJSON:
+        return False
+    return (stored.get("id"), function.get("name"), arguments) == (call.id, call.name, call.arguments)
 
 
 def _blocks(calls: Sequence[ToolCall]) -> list[str]:

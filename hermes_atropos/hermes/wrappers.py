@@ -212,9 +212,10 @@ def _project(agent: Hooks, original: Callable[[Path], Path | None], cwd: Path) -
     Where none of the folders lists one there is nothing to look for. The folder of temporary files, which may be long,
     is never a project.
     """
-    own = _own_folders(cwd, agent)
-    folders = own or [cwd.resolve(), *cwd.resolve().parents]
-    temporary = None if own else Path(tempfile.gettempdir()).resolve()
+    folders, temporary = _own_folders(cwd, agent), None
+    if not folders:
+        folder, temporary = cwd.resolve(), Path(tempfile.gettempdir()).resolve()
+        folders = [folder, *folder.parents]
     with contextlib.suppress(OSError):
         if not any(_may_be_a_project(folder) for folder in folders[:7] if folder != temporary):
             return None
@@ -232,8 +233,10 @@ def _own_folders(cwd: Path, agent: Hooks) -> list[Path]:
     """A folder and those that hold it, as far as they are the task's own, which are in nobody's project."""
     own: list[Path] = []
     root = agent._sandbox and agent._sandbox.root
+    if root is None:
+        return own
     folder = os.path.realpath(cwd)
-    while root and folder.startswith(f"{root}/"):
+    while folder.startswith(f"{root}/"):
         own.append(Path(folder))
         folder = os.path.dirname(folder)
     return own

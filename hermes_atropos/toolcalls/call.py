@@ -138,17 +138,25 @@ def named_call(name: Any, arguments: Any, **fields: Any) -> ToolCall:
         )
     name = name.strip()
     what = f"The arguments of {name[:80]!r}"
-    if isinstance(arguments, str):
-        try:
-            arguments = loads(arguments) if arguments.strip() else {}
-        except BrokenJSON as error:
-            return failed_call(ParseStatus.INVALID_JSON, f"{what} are not valid JSON: {error}.", name=name, **fields)
-    if arguments is None:
-        arguments = {}
+    try:
+        arguments = parsed_arguments(arguments)
+    except BrokenJSON as error:
+        return failed_call(ParseStatus.INVALID_JSON, f"{what} are not valid JSON: {error}.", name=name, **fields)
     if not isinstance(arguments, Mapping):
         found = type_name(arguments)
         return failed_call(ParseStatus.MALFORMED, f"{what} must be a JSON object, not {found}.", name=name, **fields)
     return ToolCall(name=name, arguments=dict(arguments), **fields)
+
+
+def parsed_arguments(arguments: Any) -> Any:
+    """What stood in the place of the arguments, JSON text read; nothing, or ``null``, is an empty object.
+
+    Raises:
+        BrokenJSON: the text is not JSON.
+    """
+    if isinstance(arguments, str):
+        arguments = loads(arguments) if arguments.strip() else None
+    return {} if arguments is None else arguments
 
 
 def object_call(value: Any, **fields: Any) -> ToolCall:
