@@ -98,12 +98,38 @@ class TestOneLookForMany:
             return listed()
 
         monkeypatch.setattr(processes, "running", with_another)
-        processes.look([restless, quiet])
+        assert not processes.look([restless, quiet])
         assert (restless.done, quiet.done) == (False, True)
         monkeypatch.undo()
-        processes.look([restless])
+        assert processes.look([restless])
         assert restless.done
         assert all(map(is_killed, started))
+
+    def test_what_begins_during_a_look_is_looked_for_at_once(
+        self, started: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What spawns faster than it is looked for would never be gone."""
+        mark = uuid.uuid4().hex
+        listed, sleep, looks, waits = processes.running, time.sleep, [], []
+
+        def with_another() -> set[str]:
+            looks.append(None)
+            if len(started) < 5:
+                started.append(marked(mark))
+            return listed()
+
+        def slept(seconds: float) -> None:
+            waits.append(seconds)
+            sleep(seconds)
+
+        monkeypatch.setattr(processes, "running", with_another)
+        monkeypatch.setattr(processes, "_next_look", 0.0)
+        monkeypatch.setattr(time, "sleep", slept)
+        kill_processes(mark, None)
+        monkeypatch.undo()
+        assert all(map(is_killed, started))
+        assert len(looks) == 6, "two looks found one that had begun, the third none; of two listings each"
+        assert max(waits) <= 0.001, "but for those that end"
 
     def test_a_part_of_a_sandbox_and_the_whole(self, started: list[subprocess.Popen[bytes]]) -> None:
         mark = uuid.uuid4().hex

@@ -54,7 +54,8 @@ def kill_processes(mark: str, root: Path | None) -> None:
     is not under ``root``: the user's own shell may work there.
 
     Every process of the machine has to be looked at, so one look serves all the sandboxes that wait for one, and where
-    many end one after the other, looks take about a tenth of the time.
+    many end one after the other, looks take about a tenth of the time. Where a process began meanwhile, the next look
+    follows at once.
     """
     global _next_look
     search = Search(mark.encode(), None if root is None else f"{root}/")
@@ -65,13 +66,13 @@ def kill_processes(mark: str, root: Path | None) -> None:
                 time.sleep(max(0.0, _next_look - time.monotonic()))
                 with turnstile.first():
                     started = time.monotonic()
-                    look(list(_searches))
+                    all_done = look(list(_searches))
                     ended = time.monotonic()
-                    _next_look = ended + min(9 * (ended - started), MOST_BETWEEN)
+                    _next_look = ended + min(9 * (ended - started), MOST_BETWEEN) if all_done else ended
 
 
-def look(searches: list[Search]) -> None:
-    """Kill what is found. A search is done unless a process was found that began during the look."""
+def look(searches: list[Search]) -> bool:
+    """Kill what is found; whether all searches are done. One is, unless a process was found that began meanwhile."""
     there = running()
     kill(there, searches)
     found = kill(running() - there, searches)
@@ -79,6 +80,7 @@ def look(searches: list[Search]) -> None:
         if search not in found:
             search.done = True
             _searches.remove(search)
+    return not found
 
 
 def kill(pids: Collection[str], searches: list[Search]) -> set[Search]:
