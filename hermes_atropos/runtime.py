@@ -31,6 +31,7 @@ __all__ = [
     "run_in_rollout_thread",
     "run_on_portal",
     "run_to_end",
+    "running_loop",
     "turnstile",
 ]
 
@@ -93,17 +94,21 @@ def _loop_of_semaphores(server: Any) -> asyncio.AbstractEventLoop | None:
     return None
 
 
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that the calling thread runs, if any."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 def check_not_on(loop: asyncio.AbstractEventLoop, *, instead: str) -> None:
     """Refuse to block the thread of ``loop``; ``instead`` names the awaitable to use.
 
     Raises:
         BlockingCallError: the calling thread runs ``loop``.
     """
-    try:
-        running = asyncio.get_running_loop()
-    except RuntimeError:  # this thread runs no loop
-        return
-    if running is loop:
+    if running_loop() is loop:
         raise BlockingCallError(
             f"A synchronous call on the thread of the loop that serves the model could only deadlock: use {instead}."
         )

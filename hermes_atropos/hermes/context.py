@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from agent.model_metadata import DEFAULT_FALLBACK_CONTEXT, MINIMUM_CONTEXT_LENGTH
 
 from hermes_atropos.backends import Backend
 from hermes_atropos.backends.context import ask_context_length
+from hermes_atropos.runtime import running_loop
 
 if TYPE_CHECKING:
     from hermes_atropos.hermes.hooks import Hooks
@@ -70,14 +70,6 @@ class ContextLength:
 
     def _tokens(self) -> int:
         known = self.given or self._configured
-        if not known and (self._told.done() or not _on_a_loop()):
+        if not known and (self._told.done() or running_loop() is None):
             known = self._told.result()
         return known or DEFAULT_FALLBACK_CONTEXT
-
-
-def _on_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
