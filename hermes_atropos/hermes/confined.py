@@ -189,13 +189,8 @@ def _lock_path(original: Callable[..., Any], path: Any) -> Iterator[None]:
 
 
 def _not_behind_it(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What looks at files of this machine finds nothing."""
+    """What looks at files of this machine finds nothing; where Hermes asks whether, None is a no."""
     return original(*args, **options) if _current.get() is None else None
-
-
-def _false_behind_it(original: Callable[..., bool], *args: Any, **options: Any) -> bool:
-    """Hermes opens documents (.docx, …) and images of this machine; behind a wall they are files like others."""
-    return _current.get() is None and original(*args, **options)
 
 
 #: What is put in place of Hermes' functions: (module, name) → what is called, with the original.
@@ -205,11 +200,12 @@ CONFINED: Mapping[tuple[str, str], Callable[..., Any]] = {
     ("tools.terminal_tool", "_create_environment"): _create_environment,
     ("tools.terminal_tool_backends", "_create_environment"): _create_environment,
     ("tools.process_registry", "ProcessRegistry.spawn_local"): _spawn_local,
-    ("tools.read_extract", "is_extractable_document"): _false_behind_it,
     ("tools.image_source", "resolve_image_source"): _resolve_image_source,
-    ("tools.image_source", "_is_local_terminal_backend"): _false_behind_it,
     ("tools.image_source", "_http_block_reason"): _http_block_reason,
     ("tools.file_state", "lock_path"): _lock_path,
+    # Hermes opens documents (.docx, …) and images of this machine; behind a wall they are files like others.
+    ("tools.read_extract", "is_extractable_document"): _not_behind_it,
+    ("tools.image_source", "_is_local_terminal_backend"): _not_behind_it,
     # Which files were read or written, instructions in the folders that a call names, and the project that one is in.
     ("tools.file_state", "record_read"): _not_behind_it,
     ("tools.file_state", "note_write"): _not_behind_it,
