@@ -49,7 +49,6 @@ class InShells(BaseEnvironment):
     """An environment whose commands run in the shells of a sandbox."""
 
     _shells: Shells
-    _snapshot_ready: bool
 
     def cleanup(self) -> None:
         """Does nothing: Hermes calls this after each run, before the verifier has seen the task."""
@@ -218,7 +217,6 @@ class TaskEnvironment(InShells, LocalEnvironment):
         environ = without(not_for_a_task(trainers), trainers)
         with _login_lock:
             self._login_variables, aliases = login(tuple(sorted(environ.items())))
-        self._snapshot_ready = True
         return aliases
 
     def _users_login(self) -> bytes | None:
@@ -238,7 +236,6 @@ class TaskEnvironment(InShells, LocalEnvironment):
                 _users_logins.clear()
                 left = Path(self._snapshot_path).read_bytes() if self._snapshot_ready else b""
                 _users_logins[state] = own_lines.sub(b"", left)
-            self._snapshot_ready = True
             return _users_logins[state]
 
     def close(self) -> None:
@@ -329,7 +326,6 @@ class WalledEnvironment(InShells):
         self._wall, self._memory = wall, options.limits.memory_bytes
         self._shells = Shells(wall)
         super().__init__(cwd=WORKSPACE, timeout=terminal_tool._get_env_config()["timeout"])
-        self._snapshot_ready = True
 
     def lock(self, path: str) -> threading.Lock:
         """Held by who reads, changes and writes that file of the task."""
