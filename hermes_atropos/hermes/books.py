@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-from openai.types import CompletionUsage
-from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
+from typing import TYPE_CHECKING, Any
 
 from hermes_atropos.backends import ModelTurn
 
@@ -81,14 +78,14 @@ def books_of(agent: Hooks) -> dict[str, int]:
     return {key: getattr(agent, f"session_{key}") for key in keys}
 
 
-def usage_of(turn: ModelTurn) -> CompletionUsage | None:
-    """What Hermes' loop counts of an answer; None where the server told nothing."""
+def usage_of(turn: ModelTurn) -> dict[str, Any] | None:
+    """What Hermes' loop counts of an answer, in OpenAI's words; None where the server told nothing."""
     if not (turn.prompt_tokens or turn.completion_tokens):
         return None
-    return CompletionUsage(
-        prompt_tokens=turn.prompt_tokens,
-        completion_tokens=turn.completion_tokens,
-        total_tokens=turn.prompt_tokens + turn.completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=turn.cached_tokens),
-        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=turn.reasoning_tokens),
-    )
+    return {
+        "prompt_tokens": turn.prompt_tokens,
+        "completion_tokens": turn.completion_tokens,
+        "total_tokens": turn.prompt_tokens + turn.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": turn.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": turn.reasoning_tokens},
+    }

@@ -101,32 +101,24 @@ def conversation_of(result: Mapping[str, Any], rollout: Rollout, reason: StopRea
 
 
 #: How Hermes says that a turn ended (`turn_exit_reason`, without what stands in parentheses), in 0.13 to 0.22; None
-#: where only the rest of its result tells.
+#: where only the rest of its result tells. Anything else that it says is an error.
 EXIT_REASONS: Mapping[str, StopReason | None] = {
     "": None,
-    "all_retries_exhausted_no_response": StopReason.ERROR,
     "budget_exhausted": StopReason.ITERATION_LIMIT,
-    "compaction_handoff_not_actionable": StopReason.ERROR,
     "context_compression_exhausted": StopReason.CONTEXT_LENGTH,
     "context_compression_timeout": StopReason.CONTEXT_LENGTH,
     "empty_response_exhausted": StopReason.EMPTY_RESPONSE,
-    "error_near_max_iterations": StopReason.ERROR,
     "fallback_prior_turn_content": None,
     "guardrail_halt": StopReason.ITERATION_LIMIT,
-    "interpreter_shutdown": StopReason.ERROR,
     "interrupted_by_system": StopReason.INTERRUPTED,
     "interrupted_by_user": StopReason.INTERRUPTED,
     "interrupted_during_api_call": StopReason.INTERRUPTED,
-    "local_processing_error": StopReason.ERROR,
     "max_iterations_reached": StopReason.ITERATION_LIMIT,
     "ollama_runtime_context_too_small": StopReason.CONTEXT_LENGTH,
     "partial_stream_recovery": None,
     "pending_tool_result": StopReason.ITERATION_LIMIT,
-    "rebuilt_restart_limit_exceeded": StopReason.ERROR,
     "redirect_restart_limit_exceeded": StopReason.INTERRUPTED,
-    "repeated_outer_errors": StopReason.ERROR,
     "review_input_budget_exhausted": StopReason.ITERATION_LIMIT,
-    "session_persistence_failed": StopReason.ERROR,
     "text_response": None,
     "unknown": None,
 }
@@ -185,7 +177,6 @@ def to_completion(turn: ModelTurn, model: str) -> ChatCompletion:
         "reasoning_content": turn.reasoning,
     }
     finish_reason = "tool_calls" if calls and turn.finish_reason != "length" else turn.finish_reason
-    usage = usage_of(turn)
     return ChatCompletion.model_validate(
         {
             "id": turn.ref,
@@ -193,7 +184,7 @@ def to_completion(turn: ModelTurn, model: str) -> ChatCompletion:
             "model": turn.model or model,
             "object": "chat.completion",
             "choices": [{"index": 0, "finish_reason": finish_reason, "message": message}],
-            "usage": usage and usage.model_dump(),
+            "usage": usage_of(turn),
         }
     )
 
