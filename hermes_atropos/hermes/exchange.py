@@ -190,48 +190,39 @@ def answered_by(backend: Backend, model: str, record: Callable[[AgentResult], ob
         seen = not backend.tracks_tokens or all(text_of(m.get("content")) is not None for m in request["messages"])
         return provider in (None, "", "auto") and seen and not request.get("stream")
 
+    def answer(task: str | None, request: Mapping[str, Any]) -> ChatCompletion:
+        rollout, reason = Rollout.on(backend, None, max_tool_call_retries=0), StopReason.COMPLETED
+        tools = request.get("tools") or None
+        sampling = {name: request[name] for name in ("temperature", "max_tokens") if request.get(name) is not None}
+        try:
+            turn = rollout.ask(request["messages"], tools, sampling, interrupted=lambda: False, compresses=False)
+            completion = to_completion(turn, model)
+            auxiliary_client._validate_llm_response(completion, task)  # from 0.19 on, Hermes counts here what it took
+            return completion
+        except BaseException as error:
+            reason = stop_reason_of(rollout.failure or error)
+            raise
+        finally:
+            messages = rollout.conversation.messages
+            last = messages[-1] if messages and reason is StopReason.COMPLETED else {}
+            failure = None if rollout.failure is None else str(rollout.failure)
+            result = rollout.left(reason, tools, final_response=last.get("content") or "", error=failure)
+            result.metadata["auxiliary"] = task
+            record(result)
+
     def call(task: str | None = None, **request: Any) -> Any:
-        return _answer(backend, model, record, task, request) if ours(task, request) else theirs(task, **request)
+        return answer(task, request) if ours(task, request) else theirs(task, **request)
 
     async def call_async(task: str | None = None, **request: Any) -> Any:
         if not ours(task, request):
             return await theirs_async(task, **request)
-        return await run_in_rollout_thread(lambda: _answer(backend, model, record, task, request))
+        return await run_in_rollout_thread(lambda: answer(task, request))
 
     with (
         seams.in_place_of("agent.auxiliary_client", "call_llm", call),
         seams.in_place_of("agent.auxiliary_client", "async_call_llm", call_async),
     ):
         yield
-
-
-def _answer(
-    backend: Backend,
-    model: str,
-    record: Callable[[AgentResult], object],
-    task: str | None,
-    request: Mapping[str, Any],
-) -> ChatCompletion:
-    from agent.auxiliary_client import _validate_llm_response
-
-    rollout, reason = Rollout.on(backend, None, max_tool_call_retries=0), StopReason.COMPLETED
-    tools = request.get("tools") or None
-    sampling = {name: request[name] for name in ("temperature", "max_tokens") if request.get(name) is not None}
-    try:
-        turn = rollout.ask(request["messages"], tools, sampling, interrupted=lambda: False, compresses=False)
-        completion = to_completion(turn, model)
-        _validate_llm_response(completion, task)  # from 0.19 on, Hermes counts here what a call took
-        return completion
-    except BaseException as error:
-        reason = stop_reason_of(rollout.failure or error)
-        raise
-    finally:
-        messages = rollout.conversation.messages
-        last = messages[-1] if messages and reason is StopReason.COMPLETED else {}
-        failure = None if rollout.failure is None else str(rollout.failure)
-        result = rollout.left(reason, tools, final_response=last.get("content") or "", error=failure)
-        result.metadata["auxiliary"] = task
-        record(result)
 
 
 @dataclass(eq=False)
