@@ -141,7 +141,7 @@ class Hooks(AIAgent):
     def _ask(self, api_kwargs: Mapping[str, Any]) -> ModelTurn:
         # Once more for the summary at the iteration limit, which Hermes sends with its images.
         messages = self._prepare_messages_for_non_vision_model(api_kwargs["messages"])
-        tools, sampling = api_kwargs.get("tools"), asked(self, api_kwargs, tracked=self._served.tracks_tokens)
+        tools, sampling = api_kwargs.get("tools"), asked(self, api_kwargs)
         if self._rollout is None:
             return self._ask_alone(messages, tools, sampling)
         self._settle()

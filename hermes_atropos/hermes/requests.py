@@ -77,18 +77,15 @@ SWITCHES = ("enable_thinking", "thinking")
 LEVEL = "reasoning_effort"
 
 
-def asked(agent: Hooks, api_kwargs: Mapping[str, Any], *, tracked: bool) -> dict[str, Any]:
+def asked(agent: Hooks, api_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What is sent beside the messages: what Hermes put into its request, and above it what the constructor was given.
 
     Of ``max_tokens`` the constructor told Hermes, which raises and lowers it as answers need.
-
-    Args:
-        tracked: whether a token server is asked. Its prompt says already how the model is to think.
     """
     wanted = {name: value for name, value in api_kwargs.items() if name not in NOT_SAMPLING}
     if wanted.get("max_tokens") == UNASKED_MAX_TOKENS and agent.max_tokens is None:
         del wanted["max_tokens"]
-    if tracked:  # the rest is Hermes' own word for chat endpoints
+    if agent._served.tracks_tokens:  # the rest is Hermes' own word for chat endpoints
         overrides = without(agent.request_overrides, {"chat_template_kwargs"})  # which its prompt has already
         wanted = {name: value for name, value in wanted.items() if name in SAMPLING} | overrides
     return wanted | {name: value for name, value in agent._sampling.items() if name != "max_tokens"}
