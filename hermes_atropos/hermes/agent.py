@@ -39,6 +39,7 @@ from hermes_atropos.hermes.tools import check_toolsets
 from hermes_atropos.hermes.walled import open_sandbox
 from hermes_atropos.runtime import check_not_on, home_loop, portal_loop, run_in_rollout_thread, run_to_end, turnstile
 from hermes_atropos.sandbox.wall import WallArguments
+from hermes_atropos.servers.sampling import COMMON
 from hermes_atropos.trajectory import AgentResult, StopReason
 from hermes_atropos.values import is_number
 
@@ -47,21 +48,7 @@ __all__ = ["AtroposAIAgent", "Task"]
 logger = logging.getLogger(__name__)
 
 #: What may be given to the constructor and is sent with each model call, beside ``temperature`` and ``max_tokens``.
-SAMPLING_PARAMETERS = frozenset(
-    {
-        "frequency_penalty",
-        "logit_bias",
-        "min_p",
-        "min_tokens",
-        "presence_penalty",
-        "repetition_penalty",
-        "seed",
-        "stop",
-        "top_k",
-        "top_p",
-        "train_skewed",
-    }
-)
+SAMPLING_PARAMETERS = (COMMON | {"train_skewed"}) - {"temperature", "max_tokens", "n", "ignore_eos", "stop_token_ids"}
 
 #: What programs set on an agent of how it prints, beside its parameters.
 HERMES_OUTPUT = frozenset({"_print_fn", "suppress_status_output"})
@@ -466,6 +453,6 @@ class Task(harness.Task):
 
 
 def model_name(server: Any) -> str:
-    """The name under which the server knows its model."""
-    first = next(iter(getattr(server, "servers", [server])), server)
-    return getattr(getattr(first, "config", None), "model_name", None) or "local"
+    """The name under which a backend's server knows its model."""
+    first = getattr(server, "servers", [server])[0]
+    return getattr(first.config, "model_name", None) or "local"

@@ -152,7 +152,7 @@ class HermesTools(ToolRegistry):
             tools = list(self._tools)
             task.sandbox = open_sandbox(task.task_id, workspace, copy=copy, tools=tools, sandbox=sandbox, **wall)
 
-        await run_in_rollout_thread(open_, stop=lambda: None)
+        await run_in_rollout_thread(open_)
 
     async def _close(self, task: ToolTask) -> None:
         if task.sandbox is not None:
