@@ -29,7 +29,6 @@ from hermes_atropos.rendering.layout import (
     PROBE_CALL,
     THOUGHT,
     Layout,
-    Unproven,
 )
 from hermes_atropos.rendering.renderer import Renderer
 from hermes_atropos.tokens import BreakCause
@@ -129,34 +128,14 @@ class TemplateRenderer(Renderer):
         new_messages: Sequence[Message],
         tools: Sequence[Tool] | None = None,
     ) -> list[int] | BreakCause:
-        try:
-            return self._bridge(history, turn_ids, new_messages, tools)
-        except Unproven as reason:
-            return reason.cause
-
-    def _layout(self, tools: Any) -> Layout:
-        try:
-            return self._layouts[bool(tools)]
-        except KeyError:
-            raise ChatTemplateError(
-                f"The chat template refuses conversations with{'' if tools else 'out'} tools"
-            ) from None
-
-    def _bridge(
-        self,
-        history: Sequence[Message],
-        turn_ids: Sequence[int],
-        new_messages: Sequence[Message],
-        tools: Sequence[Tool] | None,
-    ) -> list[int]:
         roles = tuple(role for role, _ in itertools.groupby(message["role"] for message in new_messages))
         before = [message["role"] for message in history[-2:]]
         unsampled = [message for message in new_messages if message["role"] == "assistant"]
         if before not in (["user", "assistant"], ["tool", "assistant"]) or any(m.get("tool_calls") for m in unsampled):
-            raise Unproven
+            return BreakCause.UNPROVABLE
         layout = self._layout(tools)
         if layout.dialect.reasoning and any(_stands_for_result(message) for message in (*history[:2], history[-2])):
-            raise Unproven
+            return BreakCause.UNPROVABLE
         system, after_tools = history[0]["role"] in ("system", "developer"), before[0] == "tool"
         context, prompt = layout.start(system=system, after_tools=after_tools)
         shape = Shape(
@@ -170,24 +149,32 @@ class TemplateRenderer(Renderer):
         if shape not in self._verdicts:
             self._verdicts[shape] = self._try(shape)
         if cause := self._verdicts[shape]:
-            raise Unproven(cause)
+            return cause
         calls = _calls_of(history[-1], new_messages)
         if len(calls) > 1 and not layout.dialect.several_calls:
-            raise Unproven
+            return BreakCause.UNPROVABLE
         turn = layout.turn(calls, thought=THOUGHT if shape.thought else None)
-        _, tail = layout.cut(context, prompt, turn, new_messages)
-        return self._after(turn_ids, self.encode(tail))
+        cut = layout.cut(context, prompt, turn, new_messages)
+        return cut if isinstance(cut, BreakCause) else self._after(turn_ids, self.encode(cut[1]))
 
-    def _after(self, turn_ids: Sequence[int], tail: list[int]) -> list[int]:
+    def _layout(self, tools: Any) -> Layout:
+        try:
+            return self._layouts[bool(tools)]
+        except KeyError:
+            raise ChatTemplateError(
+                f"The chat template refuses conversations with{'' if tools else 'out'} tools"
+            ) from None
+
+    def _after(self, turn_ids: Sequence[int], tail: list[int]) -> list[int] | BreakCause:
         """The ids of a tail after a turn: without the end token where the model sampled it."""
         ends = [place for place, token in enumerate(turn_ids) if token in self.stop_token_ids]
         if tail[0] not in self.stop_token_ids:
-            raise Unproven
+            return BreakCause.UNPROVABLE
         if ends == [len(turn_ids) - 1] and turn_ids[-1] == tail[0]:
             return tail[1:]
         # Another special token at the end may have ended the turn too.
         if ends or (turn_ids and turn_ids[-1] in self._special_ids):
-            raise Unproven
+            return BreakCause.UNPROVABLE
         return tail
 
     def _try(self, shape: Shape) -> BreakCause | None:
@@ -206,14 +193,17 @@ class TemplateRenderer(Renderer):
                 text = "atropos-probe-text" if calls and number % 2 else ""
                 turn = layout.turn(calls, thought=THOUGHT if shape.thought else None, text=text)
                 new_messages = [message for role in shape.roles for message in _probes(role, content, calls)]
-                _, tail = layout.cut(context, prompt, turn, new_messages)
-                before, same = layout.cut(earlier, earlier_prompt, turn, new_messages)
+                short = layout.cut(context, prompt, turn, new_messages)
+                long = layout.cut(earlier, earlier_prompt, turn, new_messages)
+                if isinstance(short, BreakCause):
+                    return short
+                if isinstance(long, BreakCause):
+                    return long
+                (_, tail), (before, same) = short, long
                 if tail != same or MARK in tail or EARLIER_ID in tail or not self._encodes_apart(before, tail):
                     return BreakCause.UNPROVABLE
         except ChatTemplateError:
             return BreakCause.UNPROVABLE
-        except Unproven as reason:
-            return reason.cause
         return None
 
     def _encodes_apart(self, head: str, tail: str) -> bool:

@@ -26,9 +26,9 @@ from hermes_atropos.rendering.dialect import (
 )
 from hermes_atropos.tokens import BreakCause
 from hermes_atropos.toolcalls import ParsedText
-from hermes_atropos.toolcalls.formats import FORMATS, REASONING_TAGS, Format, format_marked, format_reading
+from hermes_atropos.toolcalls.formats.format import FORMATS, REASONING_TAGS, Format, format_marked, format_reading
 
-__all__ = ["Layout", "TurnEnd", "Unproven"]
+__all__ = ["Layout", "TurnEnd"]
 
 # No text of a probe may get into what is rendered for a real conversation: they all hold MARK.
 MARK = "atropos-probe"
@@ -41,14 +41,6 @@ OTHER_CALL = {"id": "probe0002", "name": PROBE_NAME}
 # Ids tell calls apart in some templates (Command R): no two turns of a conversation share one.
 EARLIER_ID = "earlier0"
 EARLIER_CALLS = [{"id": f"{EARLIER_ID}{number}", "name": EARLIER} for number in range(5)]
-
-
-class Unproven(Exception):
-    """A bridge that can't be proven; ``cause`` is ``TEMPLATE`` where the template changes what it wrote before."""
-
-    def __init__(self, cause: BreakCause = BreakCause.UNPROVABLE) -> None:
-        super().__init__(cause)
-        self.cause = cause
 
 
 class TurnEnd(NamedTuple):
@@ -144,25 +136,25 @@ class Layout:
 
     def cut(
         self, context: Sequence[Message], prompt: str, turn: Message, new_messages: Sequence[Message]
-    ) -> tuple[str, str]:
+    ) -> tuple[str, str] | BreakCause:
         """What the template writes up to the end token of ``turn`` and from it on; ``prompt`` is what it wrote of the
         context.
 
-        Raises:
-            Unproven: it changes the prompt, leaves out the turn's reasoning, or can't be read.
+        ``TEMPLATE`` where it changes the prompt or leaves out the turn's reasoning, ``UNPROVABLE`` where it can't be
+        read.
         """
         try:
             head, found, rest = self.text([*context, turn, *new_messages]).partition(ANSWER)
         except ChatTemplateError:
-            raise Unproven from None
+            return BreakCause.UNPROVABLE
         thinking = THOUGHT in str(turn.values())
         if not _without_space(head).startswith(_without_space(prompt)) or (thinking and THOUGHT not in head):
-            raise Unproven(BreakCause.TEMPLATE)
+            return BreakCause.TEMPLATE
         end = self.ends.get("tool_calls" in turn)
         call_id = self.dialect.call_id(turn["tool_calls"][-1]["id"]) if "tool_calls" in turn else ""
         place = end.find(rest, call_id) if end and found else None
         if place is None:
-            raise Unproven
+            return BreakCause.UNPROVABLE
         return head + ANSWER + rest[:place], rest[place:]
 
     def call_format(self) -> str:
