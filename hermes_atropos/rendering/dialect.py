@@ -15,7 +15,7 @@ from hermes_atropos.errors import ChatTemplateError
 from hermes_atropos.messages import SAMPLED_KEY, Message, Tool, call_function, text_of, tool_call_block
 from hermes_atropos.rendering.tokenizers import template_text
 from hermes_atropos.toolcalls import ToolCall, tool_response, tools_prompt
-from hermes_atropos.toolcalls.formats import format_reading
+from hermes_atropos.toolcalls.formats.format import format_reading
 
 __all__ = ["ChatTemplate", "Dialect", "with_named_ids"]
 
@@ -58,12 +58,7 @@ def think(thought: str, answer: str) -> str:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, as a function from messages to text.
-
-    Args:
-        tokenizer: has ``apply_chat_template``.
-        options: further arguments of the template, such as ``enable_thinking``.
-    """
+    """A tokenizer's chat template, as a function from messages to text; ``options`` are further arguments of it."""
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer

@@ -21,9 +21,6 @@ __all__ = ["LibraryRenderer", "library_renderer"]
 
 logger = logging.getLogger(__name__)
 
-#: So many of a prompt's last tokens tell the library what it opened.
-PROMPT_END = 256
-
 ANSWER: Message = {"role": "assistant", "content": "An answer."}
 #: What the library must render as the template does, to be used in its place.
 PROBES: list[list[Message]] = [
@@ -107,9 +104,7 @@ class LibraryRenderer(Renderer):
         return self._template.bridge(history, turn_ids, new_messages, tools)
 
     def parse(self, output_ids: Sequence[int], tools: Sequence[Tool] | None, prompt_ids: Sequence[int]) -> ParsedText:
-        parsed = self._library.parse_response(
-            list(output_ids), tools=_plain_tools(tools), prompt_ids=list(prompt_ids[-PROMPT_END:])
-        )
+        parsed = self._library.parse_response(list(output_ids), tools=_plain_tools(tools), prompt_ids=list(prompt_ids))
         reasoning = (parsed.reasoning_content or "").strip() or None
         calls = [_call(call, self.tool_format) for call in parsed.tool_calls]
         return ParsedText((parsed.content or "").strip() or None, reasoning, calls)

@@ -75,7 +75,6 @@ class Vocabulary(dict[int, str | bytes]):
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        super().__init__()
         self._tokenizer = tokenizer
 
     def __missing__(self, token: int) -> str | bytes:
