@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from hermes_atropos.backends.tracked import INLINE_CHARS, TrackedBackend, off_loop
 from hermes_atropos.exports import atropos
 from hermes_atropos.messages import TURN_KEY, Message, Tool
-from hermes_atropos.rendering.plain import PlainRenderer
+from hermes_atropos.rendering.renderer import PlainRenderer
 from hermes_atropos.rendering.tokenizers import decode, own_tokenizer, template_text
 from hermes_atropos.tokens import BreakCause, Ledger, Match, Prompt, Turn
 from hermes_atropos.tokens import Sequence as TokenSequence
