@@ -20,7 +20,7 @@ import re
 
 from hermes_atropos.toolcalls.formats.format import Blocks, Format, Read, Scan, register
 from hermes_atropos.toolcalls.formats.json_block import BlockEnd, block_end, read_json, wrong_opening
-from hermes_atropos.toolcalls.formats.pairs import Pairs, read_pairs
+from hermes_atropos.toolcalls.formats.pairs import Pairs
 from hermes_atropos.toolcalls.strict_json import loads
 
 HEAD = re.compile(r"(?P<name>[^<\n]*)<｜tool▁sep｜>(?:(?P<fenced>[^\n{<]*)\n```(?:json)?)?")
@@ -28,7 +28,6 @@ END = BlockEnd(
     "<｜tool▁call▁end｜>",
     re.compile(r"(?P<close>(?:```\s*)?<｜tool▁call▁end｜>)|<｜tool▁call▁begin｜>|<｜tool▁calls▁end｜>"),
 )
-DSML_FUNCTION = re.compile(r'<｜DSML｜invoke name="(?P<name>[^"<>\n]*)">')
 DSML = Pairs(
     parameter=re.compile(r'<｜DSML｜parameter name="(?P<key>[^"<\n]*)" string="(?P<string>true|false)">'),
     closing="</｜DSML｜parameter>",
@@ -40,11 +39,10 @@ DSML = Pairs(
 
 
 def read(scan: Scan, opening: re.Match[str]) -> Read:
+    if opening["name"] is not None:
+        return DSML.read(scan, opening)
     if opening.group() != "<｜tool▁call▁begin｜>":
-        function = DSML_FUNCTION.match(scan.text, opening.start())
-        if function is None:
-            return wrong_opening(scan, opening, DSML.end, 'name="…">')
-        return read_pairs(scan, opening.start(), function.end(), function["name"], DSML)
+        return wrong_opening(scan, opening, DSML.end, 'name="…">')
     head = HEAD.match(scan.text, opening.end())
     if head is None:
         return wrong_opening(scan, opening, END, "a name and <｜tool▁sep｜>")
@@ -56,7 +54,7 @@ register(
     Format(
         name="deepseek",
         parse=Blocks(
-            r"<｜tool▁call▁begin｜>|<｜DSML｜invoke ",
+            r'<｜tool▁call▁begin｜>|<｜DSML｜invoke (?:name="(?P<name>[^"<>\n]*)">)?',
             read,
             wrapper=r"<｜tool▁calls▁(?:begin|end)｜>|</?｜DSML｜(?:function_calls|tool_?calls)>",
         ).parse,
