@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "embedded"))
 from llama import Llama
 
 from hermes_atropos.embedded import MODEL as CHECKPOINT
-from hermes_atropos.environment.config import DiscardedAttempts
 from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB, from_masks
 
 Data = dict[str, Any]
@@ -95,7 +94,7 @@ class Faults:
         with self._serving() as (engine, url):
             engine.has(silent, "1")
             self._row("nothing, where answers are empty", self._rollouts(url, self._items), silent)
-            thrown_away = self._rollouts(url, self._items, discarded_attempts=DiscardedAttempts.TRAIN)
+            thrown_away = self._rollouts(url, self._items, discarded_attempts="train")
             self._row("discarded attempts trained, where answers are empty", thrown_away, silent)
         with self._serving() as (engine, url):
             self._rollouts(url, 1)

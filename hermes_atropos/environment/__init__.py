@@ -21,24 +21,8 @@ Constructing one puts the process under the training profile: construct it befor
 ``hermes_atropos.use_training_profile()`` first.
 """
 
-from hermes_atropos.environment.config import (
-    DiscardedAttempts,
-    ExtraSequences,
-    FailedRollouts,
-    HermesEnvConfig,
-    MalformedCalls,
-    MixedWeights,
-)
+from hermes_atropos.environment.config import HermesEnvConfig
 from hermes_atropos.environment.env import HermesEnv
 from hermes_atropos.environment.rollouts import Reward
 
-__all__ = [
-    "DiscardedAttempts",
-    "ExtraSequences",
-    "FailedRollouts",
-    "HermesEnv",
-    "HermesEnvConfig",
-    "MalformedCalls",
-    "MixedWeights",
-    "Reward",
-]
+__all__ = ["HermesEnv", "HermesEnvConfig", "Reward"]

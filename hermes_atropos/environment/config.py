@@ -1,9 +1,8 @@
-"""What an environment can be told, and the names of its policies."""
+"""What an environment can be told."""
 
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from atroposlib.envs.base import BaseEnvConfig
@@ -11,60 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from hermes_atropos.sandbox.wall import Access
 
-__all__ = ["DiscardedAttempts", "ExtraSequences", "FailedRollouts", "HermesEnvConfig", "MalformedCalls", "MixedWeights"]
-
-
-class FailedRollouts(StrEnum):
-    """What becomes of a rollout that the infrastructure ended, or whose verifier raised."""
-
-    RETRY = "retry"
-    """It is run again, up to ``rollout_attempts`` in all. What still fails is left out of its group."""
-    REPLACE = "replace"
-    """As retry, and a group is sent whole or not at all: an item with one that still fails gives way to the next."""
-    DROP = "drop"
-    """It is left out of its group at once."""
-
-
-class DiscardedAttempts(StrEnum):
-    """What becomes of answers that Hermes threw away, an empty one that it asked for again, say."""
-
-    DROP = "drop"
-    """They are not trained on."""
-    TRAIN = "train"
-    """They are trained on with the rollout's score."""
-
-
-class MalformedCalls(StrEnum):
-    """What becomes of answers whose tool calls could not be run as written."""
-
-    KEEP = "keep"
-    """They are trained on with the rollout's score."""
-    MASK = "mask"
-    """They are read, and not trained on."""
-    PENALISE = "penalise"
-    """Their tokens get the rollout's score less ``malformed_penalty`` as their advantage."""
-    STOP = "stop"
-    """The first one ends the rollout."""
-
-
-class MixedWeights(StrEnum):
-    """What becomes of sequences that weights of several versions sampled, as far as the server tells."""
-
-    TRAIN = "train"
-    """They are trained on as others."""
-    MASK = "mask"
-    """Only what the last of these weights sampled is trained on."""
-    DROP = "drop"
-    """They are not trained on."""
-
-
-class ExtraSequences(StrEnum):
-    """What becomes of a rollout's sequences beyond one: history was rewritten, or a subagent worked."""
-
-    TRAIN = "train"
-    """All are trained on with the rollout's score."""
-    LONGEST = "longest"
-    """Only the one with the most sampled tokens is."""
+__all__ = ["HermesEnvConfig"]
 
 
 def split_at_commas(value: Any) -> Any:
@@ -107,24 +53,25 @@ class HermesEnvConfig(BaseEnvConfig):
         default=540, description="Seconds a rollout may take; 0 for no limit. A later one has failed."
     )
     verify_timeout: float = Field(default=300, description="Seconds a verifier may take; 0 for no limit.")
-    failed_rollouts: FailedRollouts = Field(
-        default=FailedRollouts.RETRY,
-        description="Rollouts that the infrastructure ended: retry, replace (by another item) or drop.",
+    failed_rollouts: Literal["retry", "replace", "drop"] = Field(
+        default="retry",
+        description="Rollouts that the infrastructure ended: retry (rollout_attempts in all, then left out), replace "
+        "(as retry; a group that is not whole gives way to the next item) or drop.",
     )
     rollout_attempts: int = Field(default=3, ge=1, description="How often a failing rollout is run in all.")
-    discarded_attempts: DiscardedAttempts = Field(
-        default=DiscardedAttempts.DROP, description="Answers that Hermes threw away: drop or train."
+    discarded_attempts: Literal["drop", "train"] = Field(
+        default="drop", description="Answers that Hermes threw away: drop or train."
     )
-    malformed_calls: MalformedCalls = Field(
-        default=MalformedCalls.KEEP, description="Malformed tool calls: keep, mask, penalise or stop."
+    malformed_calls: Literal["keep", "mask", "penalise", "stop"] = Field(
+        default="keep", description="Malformed tool calls: keep, mask, penalise or stop (the rollout)."
     )
     malformed_penalty: float = Field(default=1.0, description="What malformed_calls=penalise takes off the score.")
-    extra_sequences: ExtraSequences = Field(
-        default=ExtraSequences.TRAIN,
+    extra_sequences: Literal["train", "longest"] = Field(
+        default="train",
         description="A rollout's sequences beyond one: train (all, with its score) or longest.",
     )
-    mixed_weights: MixedWeights = Field(
-        default=MixedWeights.TRAIN,
+    mixed_weights: Literal["train", "mask", "drop"] = Field(
+        default="train",
         description="Sequences that weights of several versions sampled: train, mask (all but the last) or drop.",
     )
     records_path: str | None = Field(

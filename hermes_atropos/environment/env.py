@@ -15,7 +15,7 @@ from typing import Any
 from atroposlib.envs.base import BaseEnv
 
 from hermes_atropos.environment import evaluation, progress
-from hermes_atropos.environment.config import FailedRollouts, HermesEnvConfig, MalformedCalls
+from hermes_atropos.environment.config import HermesEnvConfig
 from hermes_atropos.environment.groups import arranged, means, rows
 from hermes_atropos.environment.rollouts import Rollouts, group_id
 from hermes_atropos.environment.serving import Serving
@@ -74,7 +74,7 @@ class HermesEnv(Rollouts, BaseEnv):
         if config.command and config.harness != "command":
             raise ConfigurationError(f"a command is given, and harness={config.harness!r}: give harness='command'")
         model = {"tokenizer": self.tokenizer, "chat_template_kwargs": config.chat_template_kwargs}
-        retries = 0 if config.malformed_calls is MalformedCalls.STOP else 3
+        retries = 0 if config.malformed_calls == "stop" else 3
         # Hermes reads its home when it is imported.
         if config.harness == "command":
             from hermes_atropos.hermes.walled import open_sandbox
@@ -154,7 +154,7 @@ class HermesEnv(Rollouts, BaseEnv):
             logger.error("a rollout is left out of its group: %r", failure, exc_info=failure)
         if len(failures) == len(rollouts):
             raise failures[0]
-        if failures and self.config.failed_rollouts is FailedRollouts.REPLACE:
+        if failures and self.config.failed_rollouts == "replace":
             return None, []
         done = [rollout for rollout in rollouts if not isinstance(rollout, BaseException)]
         parts = [part for result, score in done if (part := rows(result, score, self.config))]

@@ -15,13 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from hermes_atropos.environment.config import (
-    DiscardedAttempts,
-    ExtraSequences,
-    HermesEnvConfig,
-    MalformedCalls,
-    MixedWeights,
-)
+from hermes_atropos.environment.config import HermesEnvConfig
 from hermes_atropos.exports.atropos import MASK, PROMPT_LOGPROB, group_of, scored_items
 from hermes_atropos.toolcalls import ParseStatus
 from hermes_atropos.trajectory import AgentResult
@@ -38,29 +32,29 @@ def rows(result: AgentResult, score: float, config: HermesEnvConfig) -> list[Row
     Raises:
         UntrackedError, ConfigurationError: as ``scored_items``.
     """
-    discarded = config.discarded_attempts is DiscardedAttempts.TRAIN
+    discarded = config.discarded_attempts == "train"
     sequences = iter((discarded and result.all_sequences) or result.sequences)
-    malformed = _malformed_turns(result) if config.malformed_calls is not MalformedCalls.KEEP else set()
+    malformed = _malformed_turns(result) if config.malformed_calls != "keep" else set()
     found = []
     for row in scored_items(result, score, include_discarded=discarded):
         sequence = next(sequence for sequence in sequences if sequence.tokens == row["tokens"])
         turns = sequence.metadata.get("turns", ())
         if sequence.mixed_weights:
-            if config.mixed_weights is MixedWeights.DROP:
+            if config.mixed_weights == "drop":
                 continue
-            if config.mixed_weights is MixedWeights.MASK:
+            if config.mixed_weights == "mask":
                 stretches = [part for turn in turns for part in turn["weights"]]
                 for part in stretches:
                     if part["version"] != stretches[-1]["version"]:
                         _mask(row, part["start"], part["end"])
         for turn in turns:
-            if turn["ref"] in malformed and config.malformed_calls is MalformedCalls.MASK:
+            if turn["ref"] in malformed and config.malformed_calls == "mask":
                 _mask(row, turn["start"], turn["end"])
-            elif turn["ref"] in malformed and config.malformed_calls is MalformedCalls.PENALISE:
+            elif turn["ref"] in malformed and config.malformed_calls == "penalise":
                 _penalise(row, turn["start"], turn["end"], config.malformed_penalty)
         if _trained(row):
             found.append(row)
-    if config.extra_sequences is ExtraSequences.LONGEST and found:
+    if config.extra_sequences == "longest" and found:
         found = [max(found, key=_trained)]
     return found
 

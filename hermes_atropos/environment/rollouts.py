@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from hermes_atropos.environment.config import FailedRollouts, HermesEnvConfig
+from hermes_atropos.environment.config import HermesEnvConfig
 from hermes_atropos.errors import ConfigurationError, RolloutFailed, UntrackedError, VerifierError
 from hermes_atropos.harness import OpenedTask, Task
 from hermes_atropos.runtime import run_to_end
@@ -189,7 +189,7 @@ class Rollouts(ABC):
             UntrackedError: the server gives no token ids, so that trying again would not help.
             RolloutFailed, VerifierError: as :meth:`rollout`, in the last attempt.
         """
-        attempts = 1 if self.config.failed_rollouts is FailedRollouts.DROP else self.config.rollout_attempts
+        attempts = 1 if self.config.failed_rollouts == "drop" else self.config.rollout_attempts
         for attempt in range(1, attempts + 1):
             try:
                 trajectory, score = await self.rollout(item)
