@@ -17,7 +17,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from hermes_atropos.errors import BlockingCallError
 from hermes_atropos.settings import Settings
@@ -35,6 +35,7 @@ __all__ = [
     "turnstile",
 ]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _homes: weakref.WeakKeyDictionary[Any, asyncio.AbstractEventLoop] = weakref.WeakKeyDictionary()
@@ -152,13 +153,14 @@ async def run_in_rollout_thread(
         raise
 
 
-async def run_to_end(function: Callable[[], object]) -> None:
+async def run_to_end(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
     """Run ``function`` on a rollout thread in spite of cancellation, which goes on once it is done."""
-    waiting = asyncio.wrap_future(submit(function))
+    waiting = asyncio.wrap_future(submit(functools.partial(function, *args, **options)))
     cancelled = await settle(waiting)
-    waiting.result()
+    result = waiting.result()
     if cancelled:
         raise asyncio.CancelledError
+    return result
 
 
 def submit(function: Callable[[], T]) -> concurrent.futures.Future[T]:

@@ -13,8 +13,9 @@ import logging
 from collections import deque
 from typing import Any
 
-from hermes_atropos.environment.outbox import Entry, Event, Outbox, noted
+from hermes_atropos.environment.outbox import Entry, Event, Outbox
 from hermes_atropos.errors import AnswerLostError, BackendConnectionError, BackendError, BackendResponseError
+from hermes_atropos.runtime import run_to_end
 from hermes_atropos.servers.atropos_api import AtroposAPI
 
 __all__ = ["Delivery"]
@@ -95,7 +96,7 @@ class Delivery:
         for _ in range(min(left, len(self._in_queue))):
             self._in_batch.append((self._in_queue.popleft(), step))
         while self._in_batch and self._in_batch[0][1] < step:
-            await noted(self._outbox.note, self._in_batch.popleft()[0], Event.DRAWN)
+            await run_to_end(self._outbox.note, self._in_batch.popleft()[0], Event.DRAWN)
 
     async def run(self) -> None:
         """Send what the outbox holds, in order, until cancelled."""
@@ -126,19 +127,19 @@ class Delivery:
         await self._api.close()
 
     async def _send(self, entry: Entry) -> None:
-        await noted(self._outbox.note, entry, Event.SENDING)
+        await run_to_end(self._outbox.note, entry, Event.SENDING)
         try:
             # A fresh API must not get a group before its trainer has registered.
             if (await self._api.trainer()).get("batch_size", -1) == -1 or self.registration is None:
                 raise BackendConnectionError(f"{self._api.url} has been started again")
         except BackendError as error:
-            await noted(self._outbox.note, entry, Event.READY)
+            await run_to_end(self._outbox.note, entry, Event.READY)
             self._lost_registration(error)
             return
         try:
             await self._api.send(entry.groups, self.registration["env_id"])
         except BackendConnectionError as error:
-            await noted(self._outbox.note, entry, Event.READY)
+            await run_to_end(self._outbox.note, entry, Event.READY)
             self._lost_registration(error)
             return
         except AnswerLostError as error:
@@ -146,7 +147,7 @@ class Delivery:
             self._lost_registration(error)
         except BackendResponseError as error:
             if error.status in COME_AGAIN:
-                await noted(self._outbox.note, entry, Event.READY)
+                await run_to_end(self._outbox.note, entry, Event.READY)
                 self._gone_away(str(error))
                 await asyncio.sleep(error.retry_after or PAUSE)
                 return
@@ -154,13 +155,13 @@ class Delivery:
                 await self._settle(entry, str(error))
             else:
                 logger.error("the API has refused group %s of %s: %s", entry.id, entry.item, error)
-                await noted(self._outbox.note, entry, Event.REFUSED, why=str(error))
+                await run_to_end(self._outbox.note, entry, Event.REFUSED, why=str(error))
         else:
             await self._taken(entry)
         self._outbox.waiting.popleft()
 
     async def _taken(self, entry: Entry) -> None:
-        await noted(self._outbox.note, entry, Event.TAKEN)
+        await run_to_end(self._outbox.note, entry, Event.TAKEN)
         self._in_queue.append(entry)
 
     async def _settle(self, entry: Entry, why: str) -> None:
@@ -175,7 +176,7 @@ class Delivery:
             return
         logger.error("whether the API has group %s of %s can't be known, and it is not sent again: %s",
                      entry.id, entry.item, why)  # fmt: skip
-        await noted(self._outbox.note, entry, Event.UNKNOWN, why=why)
+        await run_to_end(self._outbox.note, entry, Event.UNKNOWN, why=why)
 
     def _lost_registration(self, error: BackendError) -> None:
         """The API was away. Whether it is the same that comes back can't be seen: the environment registers again."""

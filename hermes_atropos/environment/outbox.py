@@ -26,18 +26,15 @@ import os
 import threading
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, MutableSequence
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hermes_atropos.errors import ConfigurationError, RecordError
-from hermes_atropos.runtime import run_to_end
 
-__all__ = ["Entry", "Event", "Journal", "Outbox", "noted"]
-
-T = TypeVar("T")
+__all__ = ["Entry", "Event", "Journal", "Outbox"]
 
 #: Bytes after which a file is given up for a new one, once nothing in it waits.
 ROTATE_AT = 64 * 2**20
@@ -75,13 +72,6 @@ class Entry:
     journal: Journal
     state: Event = Event.BEGAN
     groups: list[dict[str, Any]] = field(default_factory=list)
-
-
-async def noted(write: Callable[..., T], *given: Any, **more: Any) -> T:
-    """A method of an outbox called off the event loop. A cancellation waits until it is through."""
-    results: list[T] = []
-    await run_to_end(lambda: results.append(write(*given, **more)))
-    return results[0]
 
 
 class Journal:

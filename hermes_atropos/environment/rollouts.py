@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -135,7 +134,7 @@ class Rollouts(ABC):
         """Keep what a rollout left, also one that failed."""
         if self.config.records_path:
             # A call that waits for a thread would be dropped by a cancellation, and the record with it.
-            await run_to_end(functools.partial(write_record, trajectory, self.config.records_path, append=True))
+            await run_to_end(write_record, trajectory, self.config.records_path, append=True)
 
     async def _run(self, item: Any, task: Task) -> tuple[AgentResult, float]:
         limit = self.config.rollout_timeout

@@ -21,8 +21,9 @@ from atroposlib.envs.base import EvalHandlingEnum
 
 from hermes_atropos.environment import progress
 from hermes_atropos.environment.delivery import Delivery
-from hermes_atropos.environment.outbox import Entry, Event, Outbox, noted
+from hermes_atropos.environment.outbox import Entry, Event, Outbox
 from hermes_atropos.environment.rollouts import group_id
+from hermes_atropos.runtime import run_to_end
 from hermes_atropos.servers.atropos_api import AtroposAPI
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ class Serving:
         """Roll out the item that runs under ``name``, and put the group into the outbox; None where it came to none."""
         env = self._env
         item = env.running_items[name]["item"]
-        entry = self._entries[name] = await noted(self.outbox.began, name, item)
+        entry = self._entries[name] = await run_to_end(self.outbox.began, name, item)
         group_id.set(name)
         limit = env.config.worker_timeout
         try:
@@ -165,7 +166,7 @@ class Serving:
             if entry.state is Event.BEGAN:
                 why = refusal or "atroposlib did not send it"
                 logger.warning("group %s of %s is kept and not sent: %s", name, entry.item, why)
-                await noted(self.outbox.note, entry, Event.REFUSED, why=why, groups=of_item)
+                await run_to_end(self.outbox.note, entry, Event.REFUSED, why=why, groups=of_item)
             self._failed_in_a_row = 0
             return groups
         except asyncio.CancelledError:
@@ -202,7 +203,7 @@ class Serving:
         env = self._env
         sent = [group if env.config.include_messages else group | {"messages": None} for group in groups]
         entry = self._entries[groups[0]["group_overrides"]["group_id"]]
-        await noted(self.outbox.ready, entry, sent)
+        await run_to_end(self.outbox.ready, entry, sent)
         env.counts["groups"] += 1
 
     async def _end(self, delivering: asyncio.Task[None]) -> None:
