@@ -60,7 +60,8 @@ class Request:
     sequence: Sequence = field(default_factory=Sequence)
 
     def __post_init__(self) -> None:
-        self.generator = self.sampling.generator(self.choice)
+        seed = self.sampling.seed
+        self.generator = np.random.default_rng(None if seed is None else [seed, self.choice])
 
     @property
     def ended(self) -> bool:

@@ -34,10 +34,6 @@ class Sampling:
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
     ignore_eos: bool = False
 
-    def generator(self, choice: int) -> np.random.Generator:
-        """What draws the tokens of one of the ``n`` answers."""
-        return np.random.default_rng(None if self.seed is None else [self.seed, choice])
-
 
 def read_sampling(given: Mapping[str, Any]) -> Sampling:
     """The parameters of a request; None is what was not given.
