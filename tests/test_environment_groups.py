@@ -141,6 +141,9 @@ async def test_of_several_sequences_all_or_the_longest_are_trained() -> None:
     assert len(rows(result, 1.0, config())) == 2
     [longest] = rows(result, 1.0, config(extra_sequences="longest"))
     assert longest["tokens"] == result.sequences[0].tokens
+    assigned = config()
+    assigned.extra_sequences = "longest"
+    assert rows(result, 1.0, assigned) == [longest]
 
 
 async def test_sequences_of_mixed_weights_are_trained_masked_or_dropped() -> None:
