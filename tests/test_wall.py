@@ -521,13 +521,13 @@ def test_the_doctor_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> No
 def test_walls_that_are_opened_at_once_hold_few_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process may often have 1,024, and a wall is given two dozen to start with."""
     held: list[int] = []
-    await_ready = wall.Wall._await_ready
+    await_ready = wall.await_ready
 
-    def counted(self: wall.Wall) -> None:
+    def counted(process: subprocess.Popen[bytes]) -> str | None:
         held.append(len(os.listdir("/proc/self/fd")))
-        await_ready(self)
+        return await_ready(process)
 
-    monkeypatch.setattr(wall.Wall, "_await_ready", counted)
+    monkeypatch.setattr(wall, "await_ready", counted)
     before = len(os.listdir("/proc/self/fd"))
 
     def opened(number: int) -> wall.Wall:

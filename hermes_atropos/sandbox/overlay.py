@@ -8,21 +8,17 @@ its own and its verifier's see the same files. Where that can't be done, a copy 
 from __future__ import annotations
 
 import os
-import select
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from hermes_atropos.errors import SandboxError
+from hermes_atropos.sandbox.wall import await_ready, begin
 
 __all__ = ["Overlay"]
 
 #: Mounts an overlay, says so, and holds the namespace until its input ends.
-HOLD = 'mount -t overlay overlay -o "$1" "$2" && echo mounted && exec cat > /dev/null'
-
-#: Seconds that this may take, on a very busy machine.
-PATIENCE = 60.0
+HOLD = 'mount -t overlay overlay -o "$1" "$2" && echo ready && exec cat > /dev/null'
 
 
 class Overlay:
@@ -54,22 +50,11 @@ class Overlay:
             path.mkdir(parents=True)
         namespaces = ["--mount"] if os.geteuid() == 0 else ["--user", "--map-root-user", "--mount"]
         options = f"lowerdir={folder},upperdir={root}/changed,workdir={root}/work,userxattr"
-        self._holder = subprocess.Popen(
-            [unshare, *namespaces, "--propagation", "private", "sh", "-c", HOLD, "sh", options, str(self.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={"PATH": os.defpath},
-            start_new_session=True,
-            bufsize=0,
+        self._holder = begin(
+            [unshare, *namespaces, "--propagation", "private", "sh", "-c", HOLD, "sh", options, str(self.path)]
         )
-        assert self._holder.stdout is not None
-        assert self._holder.stderr is not None
-        answer = select.poll()
-        answer.register(self._holder.stdout, select.POLLIN)
-        if not answer.poll(PATIENCE * 1000) or self._holder.stdout.read(8) != b"mounted\n":
-            self._holder.kill()
-            said = self._holder.stderr.read(1000).decode(errors="replace").strip()
+        said = await_ready(self._holder)
+        if said is not None:
             self.close()
             raise SandboxError(f"The overlay cannot be mounted: {said}")
         self.seen = Path(f"/proc/{self._holder.pid}/root{self.path}")

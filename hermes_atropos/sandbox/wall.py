@@ -49,7 +49,7 @@ USER, USER_ID = "agent", 1000
 #: The oldest version of bubblewrap that is used.
 OLDEST = (0, 8)
 
-#: Seconds that a wall may take to stand, on a very busy machine.
+#: Seconds that a wall or an overlay may take to stand, on a very busy machine.
 PATIENCE = 60.0
 
 #: What the first process runs, with the path of the channel: a line is a request. Every process inside ends with it,
@@ -214,6 +214,32 @@ def piped(content: bytes) -> int:
     return read
 
 
+def begin(command: Sequence[str], inherited: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """A process with nothing of this one's but pipes and the descriptors that it inherits."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={"PATH": os.defpath},
+        pass_fds=inherited,
+        start_new_session=True,
+        bufsize=0,
+    )
+
+
+def await_ready(process: subprocess.Popen[bytes]) -> str | None:
+    """Wait until a process says that it is ready; else it is killed, and the answer is what it said of why."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    answer = select.poll()
+    answer.register(process.stdout, select.POLLIN)
+    if answer.poll(PATIENCE * 1000) and process.stdout.read(6) == b"ready\n":
+        return None
+    process.kill()
+    return process.stderr.read(2000).decode(errors="replace").strip()
+
+
 class Wall(Launcher):
     """One wall, from its construction to :meth:`close`.
 
@@ -249,27 +275,17 @@ class Wall(Launcher):
             inherited.append(piped(refused))
             command += ["--seccomp", str(inherited[-1])]
 
-        def start() -> subprocess.Popen[bytes]:
-            return subprocess.Popen(
-                [*command, *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={"PATH": os.defpath},
-                pass_fds=inherited,
-                start_new_session=True,
-                bufsize=0,
-            )
-
         with open(information, "rb", buffering=0) as told:
             try:
                 # bubblewrap ends with the thread that started it: one that lives as long as this process.
-                self._bubblewrap = starter().submit(start).result()
+                self._bubblewrap = starter().submit(begin, [*command, *arguments], inherited).result()
             finally:
                 for descriptor in inherited:
                     os.close(descriptor)
             try:
-                self._await_ready()
+                said = await_ready(self._bubblewrap)
+                if said is not None:
+                    raise SandboxUnavailableError(f"{explained(said)} {OTHERWISE}")
             except BaseException:
                 with self._bubblewrap:  # which closes its pipes and waits for its end
                     self._bubblewrap.kill()
@@ -332,17 +348,6 @@ class Wall(Launcher):
                 else:
                     shutil.copy2(path, source)
             yield from ("--ro-bind" if access == "ro" else "--bind", source, path)
-
-    def _await_ready(self) -> None:
-        assert self._bubblewrap.stdout is not None
-        assert self._bubblewrap.stderr is not None
-        answer = select.poll()
-        answer.register(self._bubblewrap.stdout, select.POLLIN)
-        if answer.poll(PATIENCE * 1000) and self._bubblewrap.stdout.read(6) == b"ready\n":
-            return
-        self._bubblewrap.kill()
-        said = self._bubblewrap.stderr.read(2000).decode(errors="replace").strip()
-        raise SandboxUnavailableError(f"{explained(said)} {OTHERWISE}")
 
     def start(self, name: str) -> None:
         self._tell(f"start {name}\n")
