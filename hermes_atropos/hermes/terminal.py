@@ -208,7 +208,7 @@ class HermesSandbox(Sandbox):
         self._check_open()
         if self._local is not None:
             mark = f"{self._folders.variables[MARKER]}.{uuid.uuid4().hex[:8]}"
-            return run_here(check, path=os.environ.get("PATH", os.defpath), mark=mark, stopped=is_interrupted)
+            return run_here(check, mark=mark, stopped=is_interrupted)
         if check.files is not None or check.workspace != self.workspace:
             raise SandboxError(
                 f"Hermes' backend {backend()!r} has no check() with files or copies of its own: use task.terminal()"

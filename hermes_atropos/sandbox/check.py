@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hermes_atropos.errors import ConfigurationError, SandboxError
@@ -49,11 +49,11 @@ class Check:
     command: Sequence[str]
     workspace: Path
     home: Path
-    files: Path | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
-    timeout: float = 180.0
-    limit_bytes: int = LIMIT_BYTES
-    beside: bool = False
+    files: Path | None
+    env: Mapping[str, str]
+    timeout: float
+    limit_bytes: int
+    beside: bool
 
 
 def run_check(
@@ -107,22 +107,17 @@ def write_files(folder: Path, files: Mapping[str, str | bytes | os.PathLike[str]
     return folder
 
 
-def run_here(check: Check, *, path: str, mark: str, stopped: Callable[[], bool]) -> CommandResult:
-    """Run a check's program as a process of this machine, as a sandbox without walls does.
+def run_here(check: Check, *, mark: str, stopped: Callable[[], bool]) -> CommandResult:
+    """Run a check's program as a process of this machine; ``Sandbox.verify`` says what it raises.
 
     Args:
-        path: its ``PATH``, of which the absolute folders count.
         mark: by which its processes are known. They end with it if it has ``files`` of its own, or is ended itself.
         stopped: whether to give it up.
-
-    Raises:
-        FileNotFoundError, UnsafePathError: the workspace is gone, or has been replaced.
-        SandboxError: the program can't be started.
     """
     os.close(open_workspace(check.workspace))
     began, limit, output = time.monotonic(), None, bytearray()
     reader, writer = os.pipe()
-    with open(reader, "rb", buffering=0), started(check, path, mark, writer) as process:
+    with open(reader, "rb", buffering=0), started(check, mark, writer) as process:
         poll, is_open = select.poll(), True
         poll.register(reader, select.POLLIN)
         while limit is None and process.poll() is None and not stopped():
@@ -147,11 +142,12 @@ def run_here(check: Check, *, path: str, mark: str, stopped: Callable[[], bool])
 
 
 @contextlib.contextmanager
-def started(check: Check, path: str, mark: str, output: int) -> Iterator[subprocess.Popen[bytes]]:
+def started(check: Check, mark: str, output: int) -> Iterator[subprocess.Popen[bytes]]:
     """Its process, ended after the block with what must not outlive it. ``output`` is closed here."""
     home = str(check.home)
     env = {
-        "PATH": os.pathsep.join(folder for folder in path.split(os.pathsep) if os.path.isabs(folder)),
+        # A relative folder would be one of the workspace's, where the model writes.
+        "PATH": os.pathsep.join(folder for folder in os.get_exec_path() if os.path.isabs(folder)),
         "HOME": home,
         "TMPDIR": home,
         "LANG": os.environ.get("LANG", "C.UTF-8"),
