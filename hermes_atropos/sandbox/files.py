@@ -50,10 +50,7 @@ KINDS = {
 def read_bytes(workspace: Path, path: str, limit_bytes: int = LIMIT_BYTES) -> bytes:
     """A regular file, by a path relative to ``workspace``; a link is followed if it stays within.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        UnsafePathError: the path leads out of the workspace, or to something that is not a regular file.
-        FileTooLargeError: the file has more than ``limit_bytes``.
+    ``Sandbox.read_bytes`` says what it raises.
     """
     with opened(workspace, path) as found:
         if kind(found) != stat.S_IFREG:
@@ -295,11 +292,9 @@ def remove_folder(folder: Path) -> None:
     """
     failures: list[str] = []
     with noted(failures, str(folder)), contextlib.ExitStack() as held:
-        parent = os.open(folder.parent, FOLDER)
-        held.callback(os.close, parent)
+        parent = held.enter_context(kept_open(os.open(folder.parent, FOLDER)))
         make_accessible(folder.name, parent)
-        top = os.open(folder.name, FOLDER, dir_fd=parent)
-        held.callback(os.close, top)
+        top = held.enter_context(kept_open(os.open(folder.name, FOLDER, dir_fd=parent)))
         waiting: list[str] = []
 
         def move(name: str, inside: int) -> None:

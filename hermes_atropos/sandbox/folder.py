@@ -47,8 +47,7 @@ class Folders:
         source = None if workspace is None else existing_folder(workspace)
         self._task_id = task_id
         claim(task_id, source if private and not copy else None)
-        self._mark = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        self.variables = {MARKER: self._mark}
+        self.variables = {MARKER: f"{os.getpid()}-{uuid.uuid4().hex[:12]}"}
         self.root: Path | None = None
         try:
             if private:
@@ -77,7 +76,7 @@ class Folders:
 
     def kill_processes(self) -> None:
         """End every process that was started with :attr:`variables`, and whatever came of it."""
-        kill_processes(self._mark, self.root)
+        kill_processes(self.variables[MARKER], self.root)
 
     def remove(self) -> None:
         """Remove the folders that were made; the task's name and its workspace are free again."""
@@ -123,10 +122,7 @@ class FolderLauncher(Launcher):
 
     def kill(self, process: int, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if process < 0:
-                os.killpg(-process, number)
-            else:
-                os.kill(process, number)
+            os.kill(process, number)
 
     def wait(self) -> None:
         """Wait for the ends of the shells, which must have been killed."""
