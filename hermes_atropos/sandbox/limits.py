@@ -72,12 +72,15 @@ class Group:
     def __init__(self, limits: Limits, process: int) -> None:
         """Make them, with ``process`` in them and all that it will start."""
         name = f"hermes-atropos-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        self._folders = {hierarchy.folder / name: hierarchy for hierarchy in hierarchies().values()}
-        for folder, hierarchy in self._folders.items():
+        held = hierarchies()
+        self._folders = {hierarchy.folder / name: hierarchy for hierarchy in held.values()}
+        for folder in self._folders:
             folder.mkdir()
-            for file, value in hierarchy.settings(limits):
+        for controller, hierarchy in held.items():
+            for file, value in hierarchy.settings(controller, limits).items():
                 with contextlib.suppress(OSError):  # no swap is accounted for here
-                    (folder / file).write_text(str(value))
+                    (hierarchy.folder / name / file).write_text(str(value))
+        for folder in self._folders:
             (folder / "cgroup.procs").write_text(str(process))
         self._ended = 0
 
@@ -111,26 +114,21 @@ class Hierarchy:
     Attributes:
         folder: in which.
         version: of cgroups.
-        controllers: that hold something there.
     """
 
     folder: Path
     version: int
-    controllers: frozenset[str]
 
     @property
     def events(self) -> str:
         return "memory.events" if self.version == 2 else "memory.oom_control"
 
-    def settings(self, limits: Limits) -> Iterator[tuple[str, int]]:
-        if "pids" in self.controllers:
-            yield "pids.max", limits.processes
-        if "memory" in self.controllers and self.version == 2:
-            yield "memory.max", limits.memory_bytes
-            yield "memory.swap.max", 0
-        elif "memory" in self.controllers:
-            yield "memory.limit_in_bytes", limits.memory_bytes
-            yield "memory.memsw.limit_in_bytes", limits.memory_bytes
+    def settings(self, controller: str, limits: Limits) -> Mapping[str, int]:
+        if controller == "pids":
+            return {"pids.max": limits.processes}
+        if self.version == 2:
+            return {"memory.max": limits.memory_bytes, "memory.swap.max": 0}
+        return {"memory.limit_in_bytes": limits.memory_bytes, "memory.memsw.limit_in_bytes": limits.memory_bytes}
 
 
 @functools.cache
@@ -141,16 +139,15 @@ def hierarchies() -> Mapping[str, Hierarchy]:
         own = dict(own_groups())
         for line in Path("/proc/mounts").read_text().splitlines():
             _, mount, kind, options, *_ = line.split()
-            for controller in ("memory", "pids"):
-                if kind == "cgroup" and controller in options.split(","):
-                    hierarchy = Hierarchy(Path(mount, own[controller]), 1, frozenset({controller}))
-                elif kind == "cgroup2":
-                    folder = Path(mount, own[""])
-                    passed_on = (folder / "cgroup.subtree_control").read_text().split()
-                    hierarchy = Hierarchy(folder, 2, frozenset({"memory", "pids"} & set(passed_on)))
-                else:
-                    continue
-                if controller in hierarchy.controllers and can_make_groups(hierarchy.folder):
+            if kind == "cgroup":
+                version, controllers = 1, options.split(",")
+            elif kind == "cgroup2":
+                version, controllers = 2, Path(mount, own[""], "cgroup.subtree_control").read_text().split()
+            else:
+                continue
+            for controller in {"memory", "pids"}.intersection(controllers):
+                hierarchy = Hierarchy(Path(mount, own[controller if version == 1 else ""]), version)
+                if can_make_groups(hierarchy.folder):
                     found.setdefault(controller, hierarchy)
     for hierarchy in found.values():
         remove_leftovers(hierarchy.folder)

@@ -292,7 +292,6 @@ class Wall(Launcher):
                 raise
             self._first: int = json.loads(told.read(4096))["child-pid"]
         self._group = Group(options.limits, self._first)
-        self._standing = True
 
     def _arguments(self, folders: Mapping[str, tuple[Path, bool]], options: WallOptions) -> Iterator[str]:
         yield from ("--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try")
@@ -365,8 +364,7 @@ class Wall(Launcher):
 
     def close(self) -> None:
         """End every process inside, at once."""
-        if self._standing:
-            self._standing = False
+        if self._bubblewrap.returncode is None:
             # The block's end closes bubblewrap's pipes and waits for its end.
             with self._bubblewrap, contextlib.suppress(ProcessLookupError):
                 os.kill(self._first, signal.SIGKILL)
