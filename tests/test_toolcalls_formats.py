@@ -386,6 +386,19 @@ class TestEveryFamily:
         content, reasoning, found = parse_text(f"<think>{draft}</think>", format=format)
         assert (content, reasoning, read(found)) == (None, "Hm.", [("f", {"x": 1}, OK)])
 
+    @pytest.mark.parametrize("write", [hermes, qwen3_coder, seed_oss, glm, minimax], ids=lambda write: write.__name__)
+    def test_reasoning_does_not_end_within_a_draft_that_is_marked(self, write: Any) -> None:
+        draft = f"Hm.\n{write([('f', {'x': '</think> <think>'})])}"
+        parsed = parse_text(f"<think>{draft}</think>Hello.", format=write.__name__)
+        assert parsed == ("Hello.", draft, [])
+
+    @every_family
+    @pytest.mark.parametrize("value", ["\n", "\n\n", "a\n", "\na\n\n"])
+    def test_new_lines_at_the_ends_of_a_value_are_its_own(self, format: str, write: Any, value: str) -> None:
+        calls: list[Call] = [("f", {"x": value})]
+        _, _, found = parse_text(write(calls), format=format, tools=tools_for(calls))
+        assert read(found) == [("f", {"x": value}, OK)]
+
     @every_family
     def test_reasoning_may_come_before_a_call(self, format: str, write: Any) -> None:
         calls: list[Call] = [("f", {"x": "</think> <think>"})]
@@ -622,6 +635,8 @@ class TestDamaged:
             ("minimax", "I look.\n<minimax:tool_call>\n<invoke na"),
             ("minimax_m3", "I look.\n]<]minimax[>[<tool_call>\n]<]minimax[>[<inv"),
             ("step3", "<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜>f"),
+            ("seed_oss", "I look. <seed:tool_call>\n<function=f>"),
+            ("qwen3_coder", "I look. <tool_call>\n<function=f>"),
         ],
     )
     def test_a_section_without_a_call_is_a_call_that_was_begun(self, format: str, text: str) -> None:

@@ -43,18 +43,25 @@ class Pairs(NamedTuple):
         return read_pairs(scan, opening.start(), opening.end(), opening["name"], self)
 
 
-def tagged_pairs(parameter: str, closing: str, last: str, end: BlockEnd) -> Pairs:
+def tagged_pairs(parameter: str, closing: str, last: str, end: BlockEnd, *, on_lines: bool = False) -> Pairs:
     """Pairs that ``parameter``, a regular expression, opens and ``closing`` closes, in a call that ``last`` ends.
 
-    A new line after the one and before the other is not part of the value, whose type is the schema's.
+    The type of a value is the schema's.
+
+    Args:
+        on_lines: values stand on lines of their own, so that a new line at either end is not part of them.
     """
+
+    def convert(_: re.Match[str], text: str, types: Set[str]) -> Any:
+        return typed(text.removeprefix("\n").removesuffix("\n") if on_lines else text, types)
+
     return Pairs(
         parameter=re.compile(parameter),
         closing=closing,
         behind=re.compile(rf"{re.escape(closing)}\s*+(?={parameter.replace('?P<key>', '')}|{last})"),
         last=re.compile(rf"\s*{last}"),
         end=end,
-        convert=lambda _, text, types: typed(text.removeprefix("\n").removesuffix("\n"), types),
+        convert=convert,
     )
 
 
