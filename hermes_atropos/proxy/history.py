@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from hermes_atropos.messages import TURN_KEY, Message, call_function, text_of
+from hermes_atropos.messages import TURN_KEY, Message, text_of
 from hermes_atropos.tokens import Turn
+from hermes_atropos.tokens.ledger import call_key, text_key
 
 __all__ = ["History"]
 
 #: In place of a reference: one that no turn has, so that the message stands for none.
 NOBODY = "ambiguous"
 
+#: What an answer says, without what harnesses drop: the text, and name and arguments of each call in order.
+Form = tuple[str, tuple[tuple[Any, str], ...]]
+
 #: Where harnesses keep what the model thought, and how they write it into the content.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
-
-
-class Form(NamedTuple):
-    """What an answer says, without what harnesses drop: its reasoning, and white space around the text.
-
-    Attributes:
-        text: the content.
-        calls: name, and arguments as JSON with sorted keys, of each call in order.
-    """
-
-    text: str
-    calls: tuple[tuple[str, str], ...]
 
 
 class Answer(NamedTuple):
@@ -116,37 +107,19 @@ class History:
 def says(message: Message, answer: Answer) -> bool:
     """Whether a client's message says what the answer said, its calls by the same ids."""
     calls, given = message.get("tool_calls") or (), answer.message.get("tool_calls") or ()
-    if len(calls) != len(given) or _text(message) != answer.form.text:
+    if len(calls) != len(given) or text_key(message) != answer.form[0]:
         return False
-    for call, ours in zip(calls, given, strict=True):
-        mine, yours = call_function(call), call_function(ours)
-        if call.get("id") != ours["id"] or mine.get("name") != yours["name"]:
-            return False
-        # Most harnesses hand the text back as it was.
-        if mine.get("arguments") != yours["arguments"] and _arguments(call) != _arguments(ours):
-            return False
-    return True
+    return all(
+        # Most harnesses hand the function back as it was.
+        call.get("id") == ours["id"] and (call["function"] == ours["function"] or call_key(call) == call_key(ours))
+        for call, ours in zip(calls, given, strict=True)
+    )
 
 
 def form_of(message: Message) -> Form:
-    calls = message.get("tool_calls") or ()
-    return Form(_text(message), tuple((str(call_function(call).get("name")), _arguments(call)) for call in calls))
+    return text_key(message), tuple(map(call_key, message.get("tool_calls") or ()))
 
 
 def reasoning_of(message: Message) -> str:
     """What the model thought, where the message tells."""
     return next((message[key].strip() for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
-
-
-def _text(message: Message) -> str:
-    return (text_of(message.get("content")) or "").strip()
-
-
-def _arguments(call: Mapping[str, Any]) -> str:
-    arguments = call_function(call).get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return arguments.strip()
-    return json.dumps(arguments, sort_keys=True, default=str)

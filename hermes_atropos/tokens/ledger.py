@@ -32,7 +32,7 @@ from hermes_atropos.tokens import streams
 from hermes_atropos.tokens.streams import FidelityReport, Sequence
 from hermes_atropos.tokens.turns import WIDTH, BreakCause, Prompt, Turn, Weights, stream_ids
 
-__all__ = ["Ledger", "Match"]
+__all__ = ["Ledger", "Match", "call_key", "text_key"]
 
 #: Float rounding can lift the logprob of a certain token above 0: up to this it is recorded as 0.0, beyond it refused.
 ROUNDING = 1e-4
@@ -377,19 +377,25 @@ def _key(message: Message) -> Hashable:
     ref: str | None = message.get(TURN_KEY)
     if ref is not None:
         return ref
-    content = message.get("content")
-    text = content if isinstance(content, str) else text_of(content)
     calls = message.get("tool_calls")
     return (
         message.get("role"),
-        _canonical(content) if text is None else text.strip(),
-        tuple(map(_call_key, calls)) if calls else None,
+        text_key(message),
+        tuple(map(call_key, calls)) if calls else None,
         message.get("tool_call_id"),
         message.get("name"),
     )
 
 
-def _call_key(call: Mapping[str, Any]) -> tuple[Any, str]:
+def text_key(message: Message) -> str:
+    """What makes two contents the same: the text, white space around it aside."""
+    content = message.get("content")
+    text = content if isinstance(content, str) else text_of(content)
+    return _canonical(content) if text is None else text.strip()
+
+
+def call_key(call: Mapping[str, Any]) -> tuple[Any, str]:
+    """What makes two calls the same: the name, and the arguments as JSON with sorted keys."""
     function = call_function(call)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
