@@ -183,13 +183,13 @@ def test_other_conversations_are_no_breaks_and_rewritten_ones_are() -> None:
     model = Model()
     system = {"role": "system", "content": "Be kind."}
     first = model.ask([system, user("task")])
-    assert first.cause is BreakCause.FIRST
+    assert first.prompt.cause is BreakCause.FIRST
     subagent = model.ask([{"role": "system", "content": "You are a subagent."}, user("part of the task")])
-    assert subagent.cause is BreakCause.FIRST
+    assert subagent.prompt.cause is BreakCause.FIRST
     compressed = model.ask([system, user("task"), user("What happened so far: …")])
-    assert compressed.cause is BreakCause.HISTORY_REWRITTEN
+    assert compressed.prompt.cause is BreakCause.HISTORY_REWRITTEN
     summary = model.ask([system, user("summary of the task"), answer(first), user("go on")])
-    assert summary.cause is BreakCause.HISTORY_REWRITTEN
+    assert summary.prompt.cause is BreakCause.HISTORY_REWRITTEN
     report = model.ledger.report()
     assert report.breaks == {BreakCause.HISTORY_REWRITTEN: 2}
     assert report.sequences == 4
@@ -252,7 +252,7 @@ def test_a_stream_that_could_not_be_continued_starts_anew_and_trains_nothing_twi
     first = model.ask([user("one")])
     second = model.ask([user("one"), answer(first), user("two")], cause=cause)
     third = model.ask([user("one"), answer(first), user("two"), answer(second), user("three")])
-    assert second.parent is first
+    assert second.prompt.parent is first
     assert second.before is None
     assert third.before is second
     assert [sequence.turns for sequence in model.ledger.sequences()] == [[first.ref], [second.ref, third.ref]]

@@ -129,7 +129,7 @@ async def test_a_message_that_lost_its_reference_is_known_by_its_content_and_cal
     bare = {"role": "assistant", "content": "I look.", "tool_calls": [call]}
     await backend.sample([user("Look"), bare, {"role": "tool", "tool_call_id": "x", "content": "a"}], tools)
     assert server.requests[1].prompt_ids[: len(stream(server, 0))] == stream(server, 0)
-    assert turn.ref == backend.ledger.turns[1].parent.ref  # type: ignore[union-attr]
+    assert turn.ref == backend.ledger.turns[1].prompt.parent.ref  # type: ignore[union-attr]
 
 
 async def test_several_answers_to_one_prompt_are_siblings() -> None:
@@ -252,7 +252,7 @@ async def test_a_break_where_the_harness_dropped_turns_is_the_harnesss() -> None
     last = stored(await backend.sample(messages), ".")
     await backend.sample([*messages[:2], user("Summary: One."), last, user("Three")])
     await backend.sample([*messages[:2], user("Summary: One and two.")])
-    causes = [turn.cause for turn in backend.ledger.turns[3:]]
+    causes = [turn.prompt.cause for turn in backend.ledger.turns[3:]]
     assert causes == [BreakCause.HISTORY_REWRITTEN] * 2
     check_trained_once(backend, server)
 

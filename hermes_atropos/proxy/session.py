@@ -260,12 +260,12 @@ class Session:
         parts: list[list[Message]] = []
         while turn is not None:
             parts.append([*self._asked[turn], self._shown.get(turn, {"role": "assistant", "content": ""})])
-            turn = turn.parent
+            turn = turn.prompt.parent
         return [dict(message) for part in reversed(parts) for message in part]
 
     def _tools(self, turn: Turn) -> list[dict[str, Any]]:
-        while turn.parent is not None:
-            turn = turn.parent
+        while turn.prompt.parent is not None:
+            turn = turn.prompt.parent
         return list(turn.prompt.tools or [])
 
     def _step(self, number: int, turn: Turn, answers: Mapping[str, Message]) -> AgentStep:

@@ -24,7 +24,8 @@ class Span:
         trained: whether this sequence trains it. A turn that several sequences hold is trained in one of them.
         ref: the turn's reference; None where the sequence was made from lists, as that of a record is.
         weights: which weights sampled it, stretch by stretch, by places in the sequence.
-        finish_reason, discarded, cause, sampling, skew: as in ``Turn``.
+        cause: as in ``Prompt``.
+        finish_reason, discarded, sampling, skew: as in ``Turn``.
     """
 
     start: int
@@ -58,7 +59,7 @@ class Sequence:
                 turn.ref,
                 turn.finish_reason,
                 turn.discarded,
-                turn.cause,
+                turn.prompt.cause,
                 [Weights(turn.prompt.length + w.start, turn.prompt.length + w.end, w.version) for w in turn.weights],
                 turn.sampling,
                 turn.skew,
@@ -125,7 +126,7 @@ def report(turns: SequenceOf[Turn]) -> FidelityReport:
     for path, trained in paths:
         first = next(turn for turn in path if turn in trained)
         prompts = {turn.prompt for turn in path}
-        cause = BreakCause.HISTORY_REWRITTEN if prompts & asked else path[0].cause
+        cause = BreakCause.HISTORY_REWRITTEN if prompts & asked else path[0].prompt.cause
         # Another sample of a prompt is not a break.
         if first.prompt not in asked and cause is not None and cause is not BreakCause.FIRST:
             breaks[cause] = breaks.get(cause, 0) + 1

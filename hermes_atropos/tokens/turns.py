@@ -51,7 +51,8 @@ class Prompt:
     """What a model was asked; several turns share one where it was sampled more than once.
 
     Attributes:
-        parent: the turn whose answer its messages follow; None at the start of a conversation.
+        parent: the turn whose answer its messages follow, whether or not the stream was kept; None at the start of a
+            conversation.
         cause: why it starts a stream; None where it continues its parent's.
         length: tokens of the whole prompt.
         pieces: the token ids that it adds to its parent's stream, cut into pieces that prompts share.
@@ -112,19 +113,9 @@ class Turn:
     barred: bool = False
 
     @property
-    def parent(self) -> Turn | None:
-        """The turn that this one follows in the conversation, whether or not the stream was kept."""
-        return self.prompt.parent
-
-    @property
     def before(self) -> Turn | None:
         """The turn that this one continues token by token; None where its stream starts."""
         return self.prompt.parent if self.prompt.cause is None else None
-
-    @property
-    def cause(self) -> BreakCause | None:
-        """Why its stream starts here; None where it goes on."""
-        return self.prompt.cause
 
     @property
     def end(self) -> int:
