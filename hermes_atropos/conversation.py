@@ -18,7 +18,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from hermes_atropos.backends import Backend, ModelTurn, TrackingBackend
+from hermes_atropos.backends import Backend, ModelTurn
+from hermes_atropos.backends.tracked import TrackedBackend
 from hermes_atropos.errors import BackendError, BackendTimeoutError, ContextLengthError, ToolCallRetriesError
 from hermes_atropos.logs import log_exchange, show
 from hermes_atropos.messages import SAMPLED_KEY, TURN_KEY, call_function
@@ -162,7 +163,7 @@ class Conversation:
         """
         if not self.backend.tracks_tokens or not self.steps:
             return
-        ledger = cast(TrackingBackend, self.backend).ledger
+        ledger = cast(TrackedBackend, self.backend).ledger
         refs = {turn.ref for turn in self.steps[-1] if turn.ref}
         kept = any(message.get(TURN_KEY) in refs for message in reversed(prompt))
         if not kept and len(prompt) >= len(self._prompt) and prompt[: len(self._prompt) - 1] == self._prompt[:-1]:
@@ -239,8 +240,8 @@ class Conversation:
             **known,
         )
         if self.backend.tracks_tokens:
-            tracking = cast(TrackingBackend, self.backend)
-            result.attach_tokens(tracking.ledger, tracking.renderer.decode, tracking.renderer.vocabulary)
+            tracked = cast(TrackedBackend, self.backend)
+            result.attach_tokens(tracked.ledger, tracked.renderer.decode, tracked.renderer.vocabulary)
         return result
 
     @staticmethod

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 from hermes_atropos.messages import Message, Tool
-from hermes_atropos.tokens import Ledger
 from hermes_atropos.toolcalls import ToolCall
 
-if TYPE_CHECKING:
-    from hermes_atropos.rendering import Renderer
-
-__all__ = ["Backend", "ModelTurn", "TrackingBackend"]
+__all__ = ["Backend", "ModelTurn"]
 
 
 @dataclass(slots=True)
@@ -51,7 +47,7 @@ class Backend(Protocol):
     """Answers a list of OpenAI messages. Assistant messages may carry ``TURN_KEY``."""
 
     #: Whether answers come with token ids and logprobs, so that a rollout can become training data. Where it is True,
-    #: the backend is a ``TrackingBackend``.
+    #: the backend is a ``TrackedBackend``.
     tracks_tokens: bool
     #: Whose event loop the calls are made on.
     server: Any
@@ -70,10 +66,3 @@ class Backend(Protocol):
             TokenFidelityError: the server's answer does not fit the request.
         """
         ...
-
-
-class TrackingBackend(Backend, Protocol):
-    """A backend that records every token it sent and sampled."""
-
-    ledger: Ledger
-    renderer: Renderer
