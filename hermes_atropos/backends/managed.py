@@ -281,11 +281,7 @@ class ReadableCall(ChatCompletionMessageFunctionToolCall, Readable):
 
 def as_mapping(message: Any) -> Message:
     """A message as it may be appended by a caller: a dict, or the object of a former answer."""
-    return (
-        message
-        if type(message) is dict or isinstance(message, Mapping)
-        else dict(message.model_dump(exclude_none=True))
-    )
+    return message if isinstance(message, Mapping) else message.model_dump(exclude_none=True)
 
 
 def usage(turns: Sequence[Turn]) -> CompletionUsage:

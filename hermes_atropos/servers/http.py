@@ -104,11 +104,6 @@ class OpenAIEndpoint(APIServer):
     async def _chat_completion_wrapper(self, **kwargs: Any) -> ChatCompletion:
         return await self._openai_call("chat/completions", ChatCompletion, kwargs)
 
-    async def stream_chat(self, request: Mapping[str, Any], heard: Callable[[Any], object]) -> None:
-        """A chat completion as a stream; ``heard`` gets its chunks. Raises as :meth:`stream`."""
-        body = {"model": self.config.model_name, **request}
-        await self.stream(f"{self.base_url}/chat/completions", body | body.pop("extra_body", {}), heard)
-
     async def _completion_wrapper(self, **kwargs: Any) -> Completion:
         return await self._openai_call("completions", Completion, kwargs)
 
