@@ -50,13 +50,10 @@ class TokenCalls:
     """Token calls of a pool of servers.
 
     Args:
-        server: an atroposlib ``ServerManager`` or ``APIServer``, or any object with
-            ``tokens_and_logprobs_completion(**kwargs)``, which is given the prompt as text, too.
-        patience_s: as in ``Pool``.
+        server, patience_s: as in ``TrackedBackend``.
 
     Raises:
-        NoServerError: a ``ServerManager`` without servers.
-        UnsupportedServerError: an object without a token call.
+        NoServerError, UnsupportedServerError: as there.
     """
 
     def __init__(self, server: Any, *, patience_s: float = 60.0) -> None:

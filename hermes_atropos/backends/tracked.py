@@ -63,7 +63,8 @@ class TrackedBackend:
 
     Args:
         server: an atroposlib ``ServerManager`` (a healthy server with room takes each call), an
-            ``APIServer``, or any object with ``tokens_and_logprobs_completion(**kwargs)``.
+            ``APIServer``, or any object with ``tokens_and_logprobs_completion(**kwargs)``, which is given the prompt as
+            text, too.
         tokenizer: the served model's Hugging Face tokenizer.
         renderer: messages to token ids and back; the tokenizer's by default.
         tool_format: how the model writes tool calls; ``auto`` finds out.
@@ -145,7 +146,7 @@ class TrackedBackend:
             ChatTemplateError: the template cannot render the messages.
         """
         answers = await self.answers(messages, tools, n, sampling)
-        return [self._model_turn(turn, parsed) for turn, parsed in answers]
+        return [self.model_turn(turn, parsed) for turn, parsed in answers]
 
     async def preview(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> tuple[str, list[int]]:
         """What ``sample`` would send for these messages: as text, and as ids ``[prompt_len] int``."""
@@ -190,9 +191,12 @@ class TrackedBackend:
         Raises:
             BackendError, TokenFidelityError: as ``sample_group`` does.
         """
+
+        def told(kept: list[int]) -> str:
+            return text() + decode(self.tokenizer, kept) if kept else text()
+
         ids = self.ledger.ids(prompt)
         parameters = self._parameters(sampling, prompt.length)
-        told = functools.partial(self._continued, text)
         sampled = await self._calls.sample(ids, told, n, parameters, family(prompt))
         shaping = distribution(parameters)
         turns: list[Turn] = []
@@ -233,10 +237,6 @@ class TrackedBackend:
         """Whether a call is malformed in an answer of several parts: the model may hear of no fault but its own."""
         joined = bool(turn.metadata.get("aborts")) and self.finish_reason(turn) != "length"
         return joined and not all(call.ok for call in parsed.calls)
-
-    def _continued(self, text: Callable[[], str], ids: list[int]) -> str:
-        """A text, and these tokens after it."""
-        return text() + decode(self.tokenizer, ids) if ids else text()
 
     def _hearing(self, tell: Callable[[Delta], object], prompt: Prompt, tools: Sequence[Tool] | None) -> TokenHearing:
         tail = self.ledger.tail(prompt, PROMPT_TAIL)
@@ -303,7 +303,8 @@ class TrackedBackend:
         self.ledger.answered(turn, message)
         return parsed
 
-    def _model_turn(self, turn: Turn, parsed: ParsedText) -> ModelTurn:
+    def model_turn(self, turn: Turn, parsed: ParsedText) -> ModelTurn:
+        """A recorded answer that says this."""
         return ModelTurn(
             content=parsed.content,
             reasoning=parsed.reasoning,

@@ -28,6 +28,7 @@ from hermes_atropos.proxy import responses, wire
 from hermes_atropos.proxy.session import Limits, Session
 from hermes_atropos.proxy.sessions import Sessions
 from hermes_atropos.proxy.wire import Refused, refusal_of
+from hermes_atropos.servers.failures import url_of
 from hermes_atropos.trajectory.records import record_line
 
 __all__ = ["proxy_app"]
@@ -367,11 +368,10 @@ def _models(sessions: Sessions) -> dict[str, Any]:
 
 def _opened(session: Session, sessions: Sessions) -> dict[str, Any]:
     """A session as atroposlib tells it: its ``base_url`` is the model server's."""
-    config = getattr(sessions.servers[0], "config", None)
     return {
         "id": session.facts.id,
         "uuid": session.facts.id,
         "model_name": sessions.model,
         "created_at": session.facts.created,
-        "base_url": session.facts.options.get("base_url") or getattr(config, "base_url", None),
+        "base_url": session.facts.options.get("base_url") or url_of(sessions.servers[0]),
     }

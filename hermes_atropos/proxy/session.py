@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from hermes_atropos.backends import ModelTurn
 from hermes_atropos.backends.managed import ExactManagedServer
 from hermes_atropos.backends.tracked import CHAT_ONLY, SAMPLING
-from hermes_atropos.conversation import assistant_message, stop_reason_of, tool_result
+from hermes_atropos.conversation import agent_step, assistant_message, stop_reason_of
 from hermes_atropos.errors import ConfigurationError
 from hermes_atropos.messages import TURN_KEY, Message
 from hermes_atropos.proxy.history import History
@@ -20,7 +20,7 @@ from hermes_atropos.proxy.journal import Journal, replay
 from hermes_atropos.proxy.wire import Ask, Refused, Said
 from hermes_atropos.rendering.tokenizers import decode
 from hermes_atropos.tokens import Turn
-from hermes_atropos.toolcalls import from_openai
+from hermes_atropos.toolcalls import ParsedText, from_openai
 from hermes_atropos.trajectory import AgentResult, AgentStep, StopReason
 from hermes_atropos.values import is_number
 
@@ -269,15 +269,8 @@ class Session:
         return list(turn.prompt.tools or [])
 
     def _step(self, number: int, turn: Turn, answers: Mapping[str, Message]) -> AgentStep:
-        calls = from_openai(self._shown[turn].get("tool_calls"))
-        return AgentStep(
-            step_number=number,
-            assistant_message=decode(self.managed.tokenizer, list(turn.output_ids)),
-            tool_calls=calls,
-            tool_results=[tool_result(call, answers[call.id]) for call in calls if call.id in answers],
-            turns=[turn.ref],
-            finish_reason=self.backend.finish_reason(turn),
-        )
+        said = ParsedText(None, None, from_openai(self._shown[turn].get("tool_calls")))
+        return agent_step(number, [self.backend.model_turn(turn, said)], answers, {})
 
     def _stop_reason(self, last: Turn | None) -> StopReason:
         if self._failure is not None:
