@@ -1,17 +1,17 @@
-"""Values from outside: whether they are numbers, and what they are in JSON."""
+"""Values: whether they are numbers, what they are in JSON, and how far two of them agree."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
-__all__ = ["SURROGATE", "is_number", "plain"]
+__all__ = ["SURROGATE", "common_length", "is_number", "plain"]
 
 #: Half of a character in UTF-16, which UTF-8 does not hold.
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -51,3 +51,12 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy's and torch's numbers and arrays
         return plain(value.tolist())
     return str(value)
+
+
+def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items, tokens or characters for example, two sequences of one type begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low

@@ -20,6 +20,7 @@ from hermes_atropos.messages import TURN_KEY, call_function
 from hermes_atropos.rendering.tokenizers import Vocabulary, decode
 from hermes_atropos.toolcalls import ToolCall
 from hermes_atropos.trajectory import AgentResult, AgentStep, SequenceData, ToolResult
+from hermes_atropos.values import common_length
 
 __all__ = ["SCALE", "to_html", "to_terminal", "token_texts", "view"]
 
@@ -167,7 +168,7 @@ def token_texts(vocabulary: Mapping[int, str | bytes], tokens: Sequence[int]) ->
 def _check_tokenizer(tokenizer: Any, sequence: SequenceData) -> None:
     text = decode(tokenizer, sequence.tokens)
     if text != sequence.full_text:
-        place = _common(text, sequence.full_text)
+        place = common_length(text, sequence.full_text)
         raise NoTokenizerError(
             f"the tokens are not of this tokenizer: it makes {text[place : place + 20]!r} of them where the record has "
             f"{sequence.full_text[place : place + 20]!r}; pass the model's own"
@@ -339,21 +340,12 @@ def _runs(
 
 def _notes(sequence: SequenceData, earlier: Sequence[SequenceView]) -> Iterator[str]:
     """What sets a sequence apart from those before it."""
-    shared = max(earlier, key=lambda other: _common(other["tokens"], sequence.tokens), default=None)
+    shared = max(earlier, key=lambda other: common_length(other["tokens"], sequence.tokens), default=None)
     if shared is not None:
-        yield f"leaves {shared['label']} after {_common(shared['tokens'], sequence.tokens):,} tokens"
+        yield f"leaves {shared['label']} after {common_length(shared['tokens'], sequence.tokens):,} tokens"
     causes = {turn.get("cause") for turn in _turns(sequence)} - {None, "first"}
     yield from (f"a new stream: {str(cause).replace('_', ' ')}" for cause in causes)
     yield from (f"discarded: {turn['discarded']}" for turn in _turns(sequence) if _thrown_away(turn))
-
-
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many tokens, or characters, two sequences begin with alike."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return low
 
 
 def _facts(result: AgentResult) -> Iterator[tuple[str, str]]:

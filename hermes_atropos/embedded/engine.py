@@ -16,6 +16,7 @@ import numpy as np
 from hermes_atropos.embedded.llama import BLOCK, Llama, Sequence
 from hermes_atropos.embedded.sampler import Sampling, draw
 from hermes_atropos.errors import CheckpointError
+from hermes_atropos.values import common_length
 
 __all__ = ["Engine", "Request"]
 
@@ -254,7 +255,7 @@ class Engine:
         """The longest beginning of these tokens, short of the last, whose keys and values are at hand."""
         found, longest = Sequence(), 0
         for sequence in [*self._kept, *(request.sequence for request in self._running)]:
-            common = min(_common(sequence.tokens, tokens), len(tokens) - 1)
+            common = min(common_length(sequence.tokens, tokens), len(tokens) - 1)
             if common > longest:
                 found, longest = sequence, common
             if longest == len(tokens) - 1:
@@ -266,7 +267,7 @@ class Engine:
 
     def _keep(self, sequence: Sequence) -> None:
         """For prompts to come, in place of its own beginnings; what was used longest ago goes."""
-        self._kept = [one for one in self._kept if _common(one.tokens, sequence.tokens) < len(one.tokens)]
+        self._kept = [one for one in self._kept if common_length(one.tokens, sequence.tokens) < len(one.tokens)]
         self._kept.append(sequence)
         while _size(self._kept) > self.cache_tokens:
             self._kept.pop(0)
@@ -274,12 +275,3 @@ class Engine:
 
 def _size(sequences: Many[Sequence]) -> int:
     return len({id(block) for sequence in sequences for block, _ in sequence.blocks}) * BLOCK
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two lists begin with in common."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return low

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,6 +26,7 @@ from hermes_atropos.rendering.dialect import (
 from hermes_atropos.tokens import BreakCause
 from hermes_atropos.toolcalls import ParsedText
 from hermes_atropos.toolcalls.formats.format import FORMATS, REASONING_TAGS, Format, format_marked, format_reading
+from hermes_atropos.values import common_length
 
 __all__ = ["Layout", "TurnEnd"]
 
@@ -295,7 +295,7 @@ FIRST_TAG = re.compile(r"\s*(?:<[^<>]*>|\[[^\[\]]*\])")
 
 def _same_until(text: str, other: str) -> int:
     """How many characters the two begin with together, up to a tag that is not the same."""
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+    same = common_length(text, other)
     tag = text.rfind("<", 0, same)
     return tag if tag > text.rfind(">", 0, same) else same
 
