@@ -29,7 +29,7 @@ from hermes_atropos.toolcalls.call import parsed_arguments
 from hermes_atropos.toolcalls.strict_json import BrokenJSON
 from hermes_atropos.trajectory import AgentResult, AgentStep, StopReason, ToolResult
 
-__all__ = ["Conversation", "assistant_message", "stop_reason_of", "tool_message"]
+__all__ = ["Conversation", "assistant_message", "stop_reason_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ class Conversation:
                 turn.calls = [call for call in turn.calls if call.format == "openai"]
             attempts.append(turn)
             errors = {
-                call.id: tool_message(call, error_result(call, tools or [])) | {RETRY_KEY: True}
+                call.id: ToolResult(call.name or "tool", error_result(call, tools), call_id=call.id).to_message()
+                | {RETRY_KEY: True}
                 for call in turn.calls
                 if not call.ok
             }
@@ -355,11 +356,6 @@ def assistant_message(turn: ModelTurn) -> Message:
     if calls := [call.to_openai() for call in turn.calls if call.ok]:
         message["tool_calls"] = calls
     return message
-
-
-def tool_message(call: ToolCall, content: str) -> Message:
-    """The answer to a call as an OpenAI message."""
-    return {"role": "tool", "tool_call_id": call.id, "name": call.name or "tool", "content": content}
 
 
 def agent_step(

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from support import check_tokens
 
 from hermes_atropos.backends.tracked import TrackedBackend
-from hermes_atropos.conversation import Conversation, assistant_message, tool_message
+from hermes_atropos.conversation import Conversation, assistant_message
 from hermes_atropos.errors import ChatTemplateError, ToolCallRetriesError
 from hermes_atropos.messages import TURN_KEY
 from hermes_atropos.rendering import renderer_for
 from hermes_atropos.rendering.library import LibraryRenderer
 from hermes_atropos.testing import Reply, ScriptedServer
-from hermes_atropos.trajectory import StopReason
+from hermes_atropos.trajectory import StopReason, ToolResult
 
 Message = dict[str, Any]
 
@@ -131,7 +131,11 @@ class Harness:
         except (ToolCallRetriesError, ChatTemplateError):
             self.messages = list(self.opening)
             return
-        results = [tool_message(call, f"result of {call.id[:2]}\n") for call in turn.calls if call.ok]
+        results = [
+            ToolResult(call.name, f"result of {call.id[:2]}\n", call_id=call.id).to_message()
+            for call in turn.calls
+            if call.ok
+        ]
         self.messages = [*self.messages, assistant_message(turn), *results]
 
     async def act(self, action: str, text: str, place: int) -> None:
