@@ -52,8 +52,8 @@ class Task(ABC):
         self._settling = asyncio.Lock()
 
     @property
-    @abstractmethod
-    def task_id(self) -> str: ...
+    def task_id(self) -> str:
+        return self.sandbox.task_id
 
     @property
     @abstractmethod

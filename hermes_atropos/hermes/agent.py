@@ -431,10 +431,6 @@ class Task(harness.Task):
         return self._rollout.sandbox
 
     @property
-    def task_id(self) -> str:
-        return self.sandbox.task_id
-
-    @property
     def last_result(self) -> dict[str, Any] | None:
         """What the last run left, also if it was cancelled; None before the first."""
         return self._agent.last_result

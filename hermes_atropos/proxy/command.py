@@ -126,6 +126,8 @@ class CommandAgent:
 class CommandTask(harness.Task):
     """A rollout of a ``CommandAgent``, for the length of ``async with agent.task(…)``."""
 
+    trajectory: AgentResult | None = None
+
     def __init__(
         self, agent: CommandAgent, sandbox: Sandbox, proxy: Proxy, socket: str | None, *, keep_processes: bool
     ) -> None:
@@ -134,19 +136,10 @@ class CommandTask(harness.Task):
         self._sandbox = sandbox
         self._proxy = proxy
         self._socket = socket
-        self._trajectory: AgentResult | None = None
-
-    @property
-    def task_id(self) -> str:
-        return self._sandbox.task_id
 
     @property
     def sandbox(self) -> Sandbox:
         return self._sandbox
-
-    @property
-    def trajectory(self) -> AgentResult | None:
-        return self._trajectory
 
     async def run(
         self, user_message: Any, system_message: str | None = None, *, conversation_history: Any = None
@@ -176,7 +169,7 @@ class CommandTask(harness.Task):
             ended = await self._sandbox.call(lambda: self._sandbox.run(command, timeout=agent.time_limit_s))
         finally:
             reason = None if ended else StopReason.CANCELLED
-            result = self._trajectory = await self._proxy.sessions.end(session.facts.id, reason)
+            result = self.trajectory = await self._proxy.sessions.end(session.facts.id, reason)
         result.metadata |= {"exit_code": ended.exit_code, "output": ended.output[-10_000:]}
         if ended.exit_code:
             result.success = False
