@@ -352,13 +352,13 @@ class ToolRegistry:
             task._overflow = tempfile.TemporaryDirectory(prefix="hermes-atropos-results-")
         path = Path(task._overflow.name, f"{uuid.uuid4().hex[:12]}.txt")
         content = result.content.encode(errors="surrogatepass")
-        await run_in_rollout_thread(lambda: path.write_bytes(content), stop=lambda: None)
+        await run_in_rollout_thread(lambda: path.write_bytes(content))
         return str(path)
 
 
 async def _called(function: Callable[[], Any], blocking: bool) -> Any:
     """What a function answers, on a thread if it would block the loop, awaited if it can be."""
-    value = await run_in_rollout_thread(function, stop=lambda: None, grace=0) if blocking else function()
+    value = await run_in_rollout_thread(function, grace=0) if blocking else function()
     return await value if inspect.isawaitable(value) else value
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hermes_atropos.exports import atropos
 from hermes_atropos.tokens import FidelityReport
-from hermes_atropos.toolcalls import ParseStatus, ToolCall, tool_response
+from hermes_atropos.toolcalls import ToolCall, tool_response
 from hermes_atropos.trajectory.sequence import SequenceData
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class AgentStep:
     @property
     def malformed_calls(self) -> int:
         """How many attempts at a call could not be run as written."""
-        return sum(call.status is not ParseStatus.OK for call in self.tool_calls)
+        return sum(not call.ok for call in self.tool_calls)
 
     @property
     def tool_errors(self) -> int:
