@@ -47,6 +47,13 @@ class TestAtAnAddress:
             assert agent.run_conversation("Hello")["final_response"] == "From one."
             assert agent.model == MODEL
 
+    def test_with_a_provider_that_answers_itself_it_stays_as_it_was(self) -> None:
+        with OpenAIWire(reply="From one.") as one, OpenAIWire(reply="From two.") as two:
+            agent = at(one)
+            with pytest.raises(ConfigurationError, match="moa"):
+                agent.switch_model(MODEL, "moa", "key", two.url)
+            assert agent.run_conversation("Hello")["final_response"] == "From one."
+
     def test_a_model_that_is_not_there(self) -> None:
         with OpenAIWire() as one, pytest.raises(ConfigurationError, match="does not serve 'other'"):
             at(one).switch_model("other", "custom")

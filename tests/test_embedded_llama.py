@@ -101,6 +101,15 @@ def test_what_it_does_not_do_is_refused_by_name(
         Llama(tmp_path / "changed")
 
 
+@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "intermediate_size", "vocab_size"])
+def test_what_a_configuration_does_not_say_is_named(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(checkpoint, tmp_path / "changed")
+    told = {key: value for key, value in CONFIG.items() if key not in {name, "head_dim", "num_key_value_heads"}}
+    (tmp_path / "changed" / "config.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=f"has no '{name}'"):
+        Llama(tmp_path / "changed")
+
+
 def test_a_configuration_of_older_transformers_is_read(checkpoint: Path, model: Llama, tmp_path: Path) -> None:
     older = CONFIG | {"rope_theta": 100000.0, "rope_scaling": None}
     del older["rope_parameters"]

@@ -566,6 +566,8 @@ async def test_cancelling_while_a_retry_is_waited_for() -> None:
 def test_what_is_no_server_is_refused_at_once() -> None:
     with pytest.raises(NoServerError):
         on(manager_of())
+    with pytest.raises(NoServerError):
+        ExactManagedServer(manager_of())
     with pytest.raises(UnsupportedServerError, match="dict"):
         on({})
 

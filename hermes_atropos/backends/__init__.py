@@ -6,10 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
+from hermes_atropos.errors import NoServerError
 from hermes_atropos.messages import Message, Tool
 from hermes_atropos.toolcalls import ToolCall
 
-__all__ = ["Backend", "ModelTurn"]
+__all__ = ["Backend", "ModelTurn", "servers_of"]
+
+
+def servers_of(server: Any) -> list[Any]:
+    """The servers of a ``ServerManager``; a server alone is one.
+
+    Raises:
+        NoServerError: a ``ServerManager`` without servers.
+    """
+    servers = list(getattr(server, "servers", [server]))
+    if not servers:
+        raise NoServerError("the ServerManager has no servers: give it at least one APIServerConfig")
+    return servers
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import threading
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from hermes_atropos.backends import Backend
+from hermes_atropos.backends import Backend, servers_of
 from hermes_atropos.errors import BackendError, UnsupportedServerError
 from hermes_atropos.runtime import portal_loop
 from hermes_atropos.servers import OpenAIEndpoint
@@ -27,7 +27,7 @@ def ask_context_length(backend: Backend) -> concurrent.futures.Future[int | None
 
     Each server is asked once, off the calling thread, by ``/models``, within five seconds.
     """
-    servers = getattr(backend.server, "servers", [backend.server])
+    servers = servers_of(backend.server)
     lengths = [getattr(server, "context_length", None) or _ask_one(server) for server in servers]
     return asyncio.run_coroutine_threadsafe(_smallest(lengths, getattr(backend, "tokenizer", None)), portal_loop())
 

@@ -12,6 +12,7 @@ from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_message_function_tool_call import Function
 from pydantic import BaseModel
 
+from hermes_atropos.backends import servers_of
 from hermes_atropos.backends.tracked import INLINE_CHARS, TrackedBackend, off_loop
 from hermes_atropos.exports import atropos
 from hermes_atropos.messages import TURN_KEY, Message, Tool
@@ -65,7 +66,7 @@ class ExactManagedServer:
         patience_s: float = 60.0,
     ) -> None:
         self.server = server
-        self.tokenizer = tokenizer or own_tokenizer(getattr(server, "servers", [server])[0])
+        self.tokenizer = tokenizer or own_tokenizer(servers_of(server)[0])
         self.track_tree = track_tree
         tool_format = tool_parser or "auto"
         plain = not getattr(self.tokenizer, "chat_template", None)

@@ -16,12 +16,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from hermes_atropos.backends import servers_of
 from hermes_atropos.errors import (
     BackendConnectionError,
     BackendError,
     BackendTimeoutError,
     HermesAtroposError,
-    NoServerError,
 )
 from hermes_atropos.servers.failures import typed, url_of
 
@@ -58,9 +58,7 @@ class Pool:
     """
 
     def __init__(self, server: Any, *, patience_s: float = 60.0, checks_health: bool = True) -> None:
-        self.servers: list[Any] = list(getattr(server, "servers", [server]))
-        if not self.servers:
-            raise NoServerError("the ServerManager has no servers: give it at least one APIServerConfig")
+        self.servers = servers_of(server)
         self.patience_s = patience_s
         self._checks_health = checks_health
         self._slots: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Any, asyncio.Semaphore]] = WeakKeyDictionary()

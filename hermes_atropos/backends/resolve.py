@@ -7,15 +7,13 @@ import concurrent.futures
 import logging
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
+from hermes_atropos.backends import Backend, servers_of
 from hermes_atropos.errors import NoServerError, UnsupportedServerError, UntrackedError
 from hermes_atropos.rendering.tokenizers import load_tokenizer, own_tokenizer
 from hermes_atropos.settings import Settings
-
-if TYPE_CHECKING:
-    from hermes_atropos.backends import Backend
 
 __all__ = ["resolve"]
 
@@ -72,9 +70,7 @@ def resolve(
         tokenizer = getattr(server, "tokenizer", None) if tokenizer is None else tokenizer
         server = server.server
 
-    servers = getattr(server, "servers", [server])
-    if not servers:
-        raise NoServerError("the ServerManager has no servers: give it at least one APIServerConfig")
+    servers = servers_of(server)
     for one in servers:
         if not hasattr(one, "config") or not (has_token_call(one) or hasattr(one, "_chat_completion_wrapper")):
             raise UnsupportedServerError(

@@ -69,13 +69,13 @@ class LlamaConfig:
             if asked.get(name, able[0]) not in able:
                 raise CheckpointError(f"{path}: {name}={asked[name]!r} is not done here, only {able[0]!r}")
         eos = told.get("eos_token_id")
-        derived = {
-            "head_dim": told.get("head_dim") or told["hidden_size"] // told["num_attention_heads"],
-            "num_key_value_heads": told.get("num_key_value_heads") or told["num_attention_heads"],
-            "rope_theta": float(rope.get("rope_theta") or 10000.0),
-            "eos_token_ids": frozenset([] if eos is None else eos if isinstance(eos, list) else [eos]),
-        }
         try:
+            derived = {
+                "head_dim": told.get("head_dim") or told["hidden_size"] // told["num_attention_heads"],
+                "num_key_value_heads": told.get("num_key_value_heads") or told["num_attention_heads"],
+                "rope_theta": float(rope.get("rope_theta") or 10000.0),
+                "eos_token_ids": frozenset([] if eos is None else eos if isinstance(eos, list) else [eos]),
+            }
             return cls(**{name: derived[name] if name in derived else told[name] for name in cls.__slots__})
         except KeyError as error:
             raise CheckpointError(f"{path} has no {error}: give the configuration of a LlamaForCausalLM") from error

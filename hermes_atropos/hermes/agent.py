@@ -25,6 +25,7 @@ import_hermes()
 from tools.environments.base import set_activity_callback
 
 from hermes_atropos import harness
+from hermes_atropos.backends import servers_of
 from hermes_atropos.errors import ConfigurationError
 from hermes_atropos.hermes import seams
 from hermes_atropos.hermes.acting import acting_for
@@ -384,14 +385,15 @@ class AtroposAIAgent(Hooks):
             where["provider"] = new_provider or where["provider"]
         else:
             where |= self._where_is(new_model)
+        backend = connect(self._options, where)
+        route = route_to(where, backend)
         before = self._backend, self._route, self._context
-        self._backend = connect(self._options, where)
-        self._route = route_to(where, self._backend)
-        self._context = ContextLength(self._backend, None)
+        self._backend, self._route, self._context = backend, route, ContextLength(backend, None)
         try:
             with acting_for(self):
-                route = (self._route[name] for name in ("provider", "api_key", "base_url", "api_mode"))
-                super().switch_model(new_model, *route)
+                super().switch_model(
+                    new_model, *(route[name] for name in ("provider", "api_key", "base_url", "api_mode"))
+                )
                 self._context.correct(self)
             if self._backend.tracks_tokens:
                 self.request_overrides = self._options["request_overrides"]
@@ -450,5 +452,5 @@ class Task(harness.Task):
 
 def model_name(server: Any) -> str:
     """The name under which a backend's server knows its model."""
-    first = getattr(server, "servers", [server])[0]
+    first = servers_of(server)[0]
     return getattr(first.config, "model_name", None) or "local"

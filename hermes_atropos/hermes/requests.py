@@ -12,7 +12,7 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from hermes_atropos.backends import Backend
+from hermes_atropos.backends import Backend, servers_of
 from hermes_atropos.backends.resolve import resolve
 from hermes_atropos.backends.tracked import SAMPLING, TrackedBackend
 from hermes_atropos.errors import ConfigurationError
@@ -125,7 +125,7 @@ def route_to(where: Mapping[str, Any], backend: Backend) -> dict[str, Any]:
     if backend.tracks_tokens:
         return IN_PROCESS
     if where["server"] is not None:
-        first = getattr(backend.server, "servers", [backend.server])[0]
+        first = servers_of(backend.server)[0]
         return {**IN_PROCESS, "base_url": first.config.base_url or IN_PROCESS["base_url"]}
     key = where["api_key"] or IN_PROCESS["api_key"]
     return {**IN_PROCESS, "base_url": where["base_url"], "api_key": key, "provider": where["provider"]}

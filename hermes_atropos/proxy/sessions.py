@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hermes_atropos.backends import servers_of
 from hermes_atropos.backends.managed import ExactManagedServer
 from hermes_atropos.proxy.journal import Journal, read
 from hermes_atropos.proxy.session import Facts, Limits, Session
@@ -60,7 +61,7 @@ class Sessions:
 
     @property
     def servers(self) -> list[Any]:
-        return list(getattr(self.server, "servers", [self.server]))
+        return servers_of(self.server)
 
     @property
     def tokenizer(self) -> Any:
