@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import platform
 import shutil
 import subprocess
 import sys
@@ -234,7 +233,6 @@ def _doctor(options: argparse.Namespace) -> None:
     from hermes_atropos.sandbox.wall import bubblewrap, try_wall
     from hermes_atropos.trajectory.records import package_versions
 
-    print(f"Python: {platform.python_version()}")
     for name, version in package_versions().items():
         print(f"{name}: {version}")
     try:

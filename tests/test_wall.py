@@ -508,7 +508,7 @@ def test_the_doctor_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     for line in (
-        r"Python: 3\.",
+        r"python: 3\.",
         r"hermes-agent(-\w+)?: \d",
         r"bubblewrap: \d.* \(/",
         "wall: it stands",

@@ -122,4 +122,5 @@ def form_of(message: Message) -> Form:
 
 def reasoning_of(message: Message) -> str:
     """What the model thought, where the message tells."""
-    return next((message[key].strip() for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
+    told = (message.get(key) for key in REASONING_KEYS)
+    return next((text.strip() for text in told if text and isinstance(text, str)), "")

@@ -262,7 +262,8 @@ class Dialect:
             plain["tool_calls"] = [self._plain_call(call) for call in calls]
         elif calls:
             plain["content"] = "\n".join(filter(None, [content, *map(_call_text, calls)]))
-        reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
+        told = (message.get(key) for key in REASONING_KEYS)
+        reasoning = next((text for text in told if text and isinstance(text, str)), "")
         if reasoning and self.thinks_in_content:
             plain["content"] = think(reasoning, plain["content"] or "")
         if reasoning and self.reasoning:
