@@ -15,7 +15,7 @@ from hermes_atropos.trajectory import read_records
 #: Seconds for which a cluster may take to start an actor on a busy machine.
 STARTS = 150
 
-#: Groups that two actors may be at when they are ended: not each of them has asked by then.
+#: Groups that two actors may be at when they are ended: any of them may not have asked by then, the latest or not.
 UNDER_WAY = 16
 
 SERVE = ("-c", COMMAND, "serve", "sums.py:Sums", "--ray", "local")
@@ -38,8 +38,8 @@ def test_actors_roll_out_and_one_that_dies_is_started_again(tmp_path: Path) -> N
         trainer.stop()
         check(fleet, trainer)
         assert "came to nothing" not in fleet.log, "what the dead actor rolled out was rolled out again"
-        items = sorted({number for _, number in asked(fleet)})[:-UNDER_WAY]
-        assert items == list(range(len(items))), "each item is handed out"
+        items = {number for _, number in asked(fleet)}
+        assert len(set(range(max(items))) - items) <= UNDER_WAY, "each item is handed out"
         groups = {record.metadata["group"] for record in read_records(tmp_path / "records.jsonl")}
         assert set(trainer.ids) <= groups
 
