@@ -77,6 +77,16 @@ class TestShell:
         sandbox.run("export COLOUR=red; mkdir deep; cd deep")
         assert sandbox.run("echo $COLOUR; basename $PWD").output.split() == ["red", "deep"]
 
+    def test_more_exports_than_a_pipe_holds_stay(self, sandbox: HermesSandbox) -> None:
+        for name in ("ONE", "TWO"):
+            sandbox.run(f"export {name}=$(head -c 100000 /dev/zero | tr '\\0' x)")
+        assert sandbox.run("echo ${#ONE} ${#TWO}").output == "100000 100000\n"
+
+    def test_a_command_that_interrupts_itself_leaves_the_shell(self, sandbox: HermesSandbox) -> None:
+        first = sandbox.run("echo $$").output
+        assert sandbox.run("echo on; kill -INT $$; echo never").exit_code == 130
+        assert sandbox.run("echo $$").output == first
+
     @given(st.lists(st.sampled_from(COMMANDS), min_size=1, max_size=6))
     @settings(max_examples=20, deadline=None)
     def test_commands_follow_one_another_as_in_hermes_own_shell(self, commands: list[str]) -> None:
@@ -159,9 +169,10 @@ class TestShell:
         """Whatever Hermes notes in the environment of its process about the session that it is at."""
         for number in range(3):
             monkeypatch.setenv("HERMES_SESSION_ID", f"session-{number}")
+            monkeypatch.setenv("TERMINAL_SSH_HOST", f"session-{number}")
             sandbox = HermesSandbox()
             monkeypatch.setenv("HERMES_SESSION_ID", "later")
-            assert f"session-{number}" not in sandbox.run("echo $HERMES_SESSION_ID").output
+            assert f"session-{number}" not in sandbox.run("env").output
             sandbox.release()
         assert len(logins.read_text().splitlines()) == 1
 

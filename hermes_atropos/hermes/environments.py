@@ -266,12 +266,12 @@ def shell_files() -> tuple[tuple[str, int, int], ...]:
 
 
 def not_for_a_task(environ: dict[str, str]) -> set[str]:
-    """The variables that a task of its own is not shown: the trainer's keys, its model providers, and its session.
+    """The variables that a task of its own is not shown: the trainer's keys, its model providers, and Hermes' notes.
 
-    Hermes notes the session that it is at in the process's environment.
+    Hermes notes the session that it is at, and how its terminal is configured, in the process's environment.
     """
-    session = {name for name in environ if name.startswith("HERMES_SESSION")}
-    return session | keys_in(environ) | provider_credentials() & environ.keys()
+    notes = {name for name in environ if name.startswith(("HERMES_SESSION", "TERMINAL_"))}
+    return notes | keys_in(environ) | provider_credentials() & environ.keys()
 
 
 def without(names: set[str], environ: Mapping[str, str]) -> dict[str, str]:

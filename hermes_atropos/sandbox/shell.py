@@ -5,11 +5,14 @@ group of its own, with its output in a named pipe. What a command exported, and 
 to this side; the exports are given to the next fork. Functions, options and variables that were not exported end with
 the fork.
 
-A shell has two named pipes in the *channel*, a folder that the shell may only read: requests go in by one, replies come
-out by the other. A request is a line with the pipe for the output, the length in bytes of what is evaluated before it
-and of the command, and the file for its standard input; then these two. Replies end with a null byte each: ``B`` and
-the shell's process id, ``P`` and a command's process group, ``S`` and the exports, ``D`` and the folder, ``E`` and the
-exit code. A shell begins with ``B`` and ``S``; a command that ends its own shell sends neither ``S`` nor ``D``.
+A shell has three named pipes in the *channel*, a folder that the shell may only read. Requests go in by the first. A
+request is a line with the pipes for the output and for what the fork tells, the length in bytes of what is evaluated
+before the command and of the command, and the file for its standard input; then these two. Replies come out by the
+second, and what forks tell by the third, each piece with a null byte at its end. A shell begins with the replies ``B``
+and its process id, and ``S`` and its exports; ``E`` and the exit code end a command. A fork tells ``P`` and its process
+group, and at the end ``S`` and the exports, ``D`` and the folder; a command that ends its own shell tells neither. Its
+pipe is read once the command has ended, and now and then before: bash writes exports line by line, and each line would
+wake this side.
 
 A command knows the shell that stays as ``$$``, so ``kill $$`` is led to the fork. Whatever still ends the shell that
 stays ends the command too, and the next command gets another shell.
@@ -17,6 +20,7 @@ stays ends the command too, and the next command gets another shell.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shlex
@@ -33,14 +37,15 @@ from hermes_atropos.errors import SandboxError
 
 __all__ = ["COMMAND", "SCRIPTS", "Ended", "Launcher", "Request", "Shells"]
 
-#: What a shell evaluates first. 9 is its way out for replies, which a command doesn't inherit.
+#: What a shell evaluates first. Its output are the replies. 9 is a fork's way to tell something, which a command
+#: doesn't inherit.
 SETUP = r"""
-exec 9>&1 >/dev/null 2>&1
+exec 2>/dev/null
 __hermes_exports() { export -n PWD OLDPWD; builtin printf S; builtin export -p; }
 __hermes_next() {
-    read -r __hermes_output __hermes_exports __hermes_command __hermes_input &&
-        LC_ALL=C read -r -N "$__hermes_exports" __hermes_exports &&
-        LC_ALL=C read -r -N "$__hermes_command" __hermes_command
+    read -r __hermes_output __hermes_told __hermes_exports __hermes_command __hermes_input &&
+        read -r -N "$__hermes_exports" __hermes_exports &&
+        read -r -N "$__hermes_command" __hermes_command
 }
 __hermes_begin() { set +m; disown -a; __hermes_self=$BASHPID; printf 'P%s\0' "$BASHPID" >&9; }
 __hermes_leave() { { __hermes_exports; builtin printf '\0D'; builtin pwd -P; builtin printf '\0'; } >&9 2>/dev/null; }
@@ -55,18 +60,19 @@ kill() {
     builtin kill "${given[@]}"
 }
 unset __hermes_setup __hermes_loop __hermes_first __hermes_limits
-printf 'B%s\0' "$$" >&9
-(__hermes_exports; builtin printf '\0') >&9
+printf 'B%s\0' "$$"
+(__hermes_exports; builtin printf '\0')
 set -m
 """
 
 #: What a shell that stays runs. The command stands on the third line: bash's messages name the line, and Hermes' own
 #: script has it there.
-LOOP = r"""__hermes_channel=$1; shift; eval "$__hermes_setup"; while __hermes_next; do (
+LOOP = r"""__hermes_channel=$1; shift; eval "$__hermes_setup"; while LC_ALL=C __hermes_next; do (
 __hermes_begin; eval "$__hermes_exports"
 eval "$__hermes_command" 9>&-
 __hermes_code=$?; __hermes_leave; exit "$__hermes_code"
-) <"$__hermes_input" >"$__hermes_channel/$__hermes_output" 2>&1 & wait "$!"; printf 'E%s\0' "$?" >&9
+) <"$__hermes_input" >"$__hermes_channel/$__hermes_output" 2>&1 9>"$__hermes_channel/$__hermes_told" &
+wait "$!"; printf 'E%s\0' "$?"
 done
 """
 
@@ -137,7 +143,7 @@ class Launcher(ABC):
 
     @abstractmethod
     def start(self, name: str) -> None:
-        """Start bash with :data:`COMMAND` and :data:`SCRIPTS`, and the pipes ``name.requests`` and ``name.replies``.
+        """Start bash with :data:`COMMAND` and :data:`SCRIPTS`; it reads ``name.requests`` and writes ``name.replies``.
 
         Raises:
             SandboxError: nothing can be started there any more.
@@ -218,30 +224,20 @@ class Shell:
         self.open = True
         #: The pipe for the next command's output, if the last one left nobody who can write to it.
         self.output: Path | None = None
-        self._received = b""
-        requests, replies = (launcher.channel / f"{name}.{kind}" for kind in ("requests", "replies"))
-        for path in (requests, replies):
+        requests, replies, self.told_path = (
+            launcher.channel / f"{name}.{kind}" for kind in ("requests", "replies", "told")
+        )
+        for path in (requests, replies, self.told_path):
             os.mkfifo(path, 0o600)
         # For both ways, because a pipe that nobody reads yet cannot be opened for writing alone.
         self.requests = os.open(requests, os.O_RDWR | os.O_NONBLOCK)
-        self.replies = os.open(replies, os.O_RDONLY | os.O_NONBLOCK)
+        self.replies = Pieces(os.open(replies, os.O_RDONLY | os.O_NONBLOCK))
+        self.told = os.open(self.told_path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             launcher.start(name)
         except BaseException:
             self.close()
             raise
-
-    def receive(self) -> list[tuple[str, bytes]]:
-        """The replies that have come, each with its kind.
-
-        Raises:
-            EOFError: the shell has ended.
-        """
-        piece = os.read(self.replies, 65536)
-        if not piece:
-            raise EOFError
-        *whole, self._received = (self._received + piece).split(b"\0")
-        return [(chr(reply[0]), reply[1:]) for reply in whole if reply]
 
     def close(self) -> None:
         """Kill it, if it has said who it is, and close its pipes."""
@@ -250,7 +246,29 @@ class Shell:
             if self.process is not None:
                 self.launcher.kill(self.process, signal.SIGKILL)
             os.close(self.requests)
-            os.close(self.replies)
+            os.close(self.replies.pipe)
+            os.close(self.told)
+
+
+class Pieces:
+    """What comes by a pipe, in pieces with a null byte at the end of each."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+        self._begun = b""
+
+    def read(self) -> list[tuple[str, bytes]]:
+        """The pieces that have come, each with its kind.
+
+        Raises:
+            EOFError: nobody has the pipe open for writing.
+            BlockingIOError: nothing has come.
+        """
+        read = os.read(self.pipe, 65536)
+        if not read:
+            raise EOFError
+        *whole, self._begun = (self._begun + read).split(b"\0")
+        return [(chr(piece[0]), piece[1:]) for piece in whole if piece]
 
 
 class Run:
@@ -263,6 +281,7 @@ class Run:
 
     def __init__(self, shell: Shell, request: Request) -> None:
         self._shell = shell
+        self._told = Pieces(shell.told)
         self._request = request
         self._group: int | None = None
         self._folder: str | None = None
@@ -290,7 +309,8 @@ class Run:
             command, before = script(self._request.command), entering(self._request.folder) + exports
             if b"\0" in command:
                 raise ValueError("The command holds a null byte, which bash cannot read.")
-            self._converse(f"{output.name} {len(before)} {len(command)} {stdin}\n".encode() + before + command)
+            request = f"{output.name} {self._shell.told_path.name} {len(before)} {len(command)} {stdin}\n"
+            self._converse(request.encode() + before + command)
         except BaseException:
             self._signal(signal.SIGKILL)
             raise
@@ -314,7 +334,7 @@ class Run:
         pipes = select.poll()
         if unsent:
             pipes.register(shell.requests, select.POLLOUT)
-        pipes.register(shell.replies, select.POLLIN)
+        pipes.register(shell.replies.pipe, select.POLLIN)
         pipes.register(self._output, select.POLLIN)
         deadline = time.monotonic() + self._request.timeout
         pause, look = FIRST_LOOK, time.monotonic()
@@ -324,39 +344,47 @@ class Run:
                 self._reason = "timeout" if now >= deadline else "stopped"
                 return self._end()
             if now >= look:
+                self._be_told()
                 look, pause = now + pause, min(pause * 1.5, LAST_LOOK)
             for pipe, _ in pipes.poll((min(look, deadline) - now) * 1000):
                 if pipe == shell.requests:
                     unsent = unsent[os.write(pipe, unsent) :]
                     if not unsent:
                         pipes.unregister(pipe)
-                elif pipe == shell.replies:
+                elif pipe == shell.replies.pipe:
                     if not self._listen():
+                        self._be_told()
                         return self._end() if self.begun else shell.close()
                 elif not self._pass_on():
                     pipes.unregister(pipe)
+        self._be_told()
         if not self._read_to_end:
             linger(self._output, self._pass_on, LINGER, IDLE)
 
     def _listen(self) -> bool:
         """Read replies; False if the shell has ended, or says what no shell of ours says."""
         try:
-            for kind, value in self._shell.receive():
+            for kind, value in self._shell.replies.read():
                 if kind == "B":
                     self._shell.process = int(value)
-                elif kind == "P":
-                    self._group = int(value)
-                elif kind == "S" and self._group is None:
-                    self._shell.exports = value
                 elif kind == "S":
-                    self.exports = value
-                elif kind == "D":
-                    self._folder = value.decode(errors="surrogateescape").removesuffix("\n")
+                    self._shell.exports = value
                 elif kind == "E":
                     self._code = int(value)
         except (EOFError, ValueError):
             return False
         return True
+
+    def _be_told(self) -> None:
+        """Read what the command's fork tells, as far as it has come."""
+        with contextlib.suppress(EOFError, BlockingIOError, ValueError):
+            for kind, value in self._told.read():
+                if kind == "P":
+                    self._group = int(value)
+                elif kind == "S":
+                    self.exports = value
+                elif kind == "D":
+                    self._folder = value.decode(errors="surrogateescape").removesuffix("\n")
 
     def _pass_on(self) -> bool:
         """Pass a piece of output on; False if nobody has the pipe open any more."""
@@ -372,11 +400,14 @@ class Run:
         linger(self._output, self._pass_on, GRACE, GRACE)
         self._signal(signal.SIGKILL)
         linger(self._output, self._pass_on, PATIENCE, 0.0)
-        linger(self._shell.replies, lambda: self._listen() and self._code is None, PATIENCE, PATIENCE)
+        linger(self._shell.replies.pipe, lambda: self._listen() and self._code is None, PATIENCE, PATIENCE)
+        self._be_told()
         if self._code is None:
             self._shell.close()
 
     def _signal(self, number: signal.Signals) -> None:
+        if not self.begun:
+            self._be_told()
         if self._group is not None:
             self._shell.launcher.kill(-self._group, number)
 
