@@ -54,7 +54,7 @@ from hermes_atropos.errors import BackendConnectionError
 from hermes_atropos.testing import Reply
 from support import agent_saying
 failing = Reply(error=BackendConnectionError("nobody there"))
-agent = agent_saying(failing, Reply("Hi.", latency=0.03), quiet_mode={quiet})
+agent = agent_saying(failing, Reply("Hi.", latency=0.03), quiet_mode=True)
 if {after}:
     logging.basicConfig()
 assert agent.chat("Hello?") == "Hi."
@@ -64,14 +64,13 @@ print(json.dumps(records))
 """
 
 
-def said(tmp_path: Path, application: str, *, profile: bool, quiet: bool, **environ: str) -> tuple[list[str], str]:
+def said(tmp_path: Path, application: str, *, profile: bool, **environ: str) -> tuple[list[str], str]:
     """What the library's loggers were given, by their own record, and what standard error got."""
     done = run_script(
         SCRIPT.format(
             application="" if application == "AFTER" else application,
             after=application == "AFTER",
             profile=profile,
-            quiet=quiet,
             speakers=SPEAKERS,
             # Whoever asks for errors alone gets those.
             method="error" if "ERROR" in application else "warning",
@@ -86,7 +85,7 @@ def said(tmp_path: Path, application: str, *, profile: bool, quiet: bool, **envi
 @pytest.mark.parametrize("application", APPLICATIONS)
 def test_each_warning_and_each_debug_variable_shows_once(application: str, profile: bool, tmp_path: Path) -> None:
     environ = dict.fromkeys(VARIABLES, "1") | {"ATROPOS_DEBUG_AGENT_WAIT_EVERY_S": "0.02"}
-    records, shown = said(tmp_path, APPLICATIONS[application], profile=profile, quiet=True, **environ)
+    records, shown = said(tmp_path, APPLICATIONS[application], profile=profile, **environ)
     expected = {*VARIABLES.values(), "said by "} | ({"model call failed"} if application != "another level" else set())
     assert {start for start in expected if not any(record.startswith(start) for record in records)} == set()
     assert len([record for record in records if record.startswith("said by ")]) == len(SPEAKERS) > 8
@@ -95,14 +94,31 @@ def test_each_warning_and_each_debug_variable_shows_once(application: str, profi
         assert (tmp_path / "application.log").read_text().count("said by hermes_atropos.backends.pool.") == 1
 
 
-@pytest.mark.parametrize("variable", VARIABLES)
-def test_each_debug_variable_shows_what_it_promises(variable: str, tmp_path: Path) -> None:
-    value = "0.02" if variable.endswith("_S") else "1"
-    records, shown = said(tmp_path, "", profile=True, quiet=False, **{variable: value})
-    promised = [record for record in records if record.startswith(VARIABLES[variable])]
-    assert promised
-    assert [record for record in records if record.startswith(tuple(VARIABLES.values()))] == promised
-    assert {record: shown.count(record) for record in promised} == Counter(promised)
+def test_each_debug_variable_shows_what_it_promises(tmp_path: Path) -> None:
+    script = f"""
+import hermes_atropos, json, logging, os, sys
+hermes_atropos.use_training_profile()
+from hermes_atropos.testing import Reply
+from support import agent_saying
+records = []
+for name in {SPEAKERS}:
+    logging.getLogger(name).addFilter(lambda record: records.append(record.getMessage()) or True)
+for variable in {list(VARIABLES)}:
+    os.environ[variable] = "0.02" if variable.endswith("_S") else "1"
+    assert agent_saying(Reply("Hi.", latency=0.03), quiet_mode=False).chat("Hello?") == "Hi."
+    del os.environ[variable]
+    print(json.dumps(records))
+    print("that was one", file=sys.stderr)
+    records.clear()
+"""
+    done = run_script(script, tmp_path)
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    for begin, records, shown in zip(VARIABLES.values(), told, done.stderr.split("that was one\n"), strict=False):
+        promised = [record for record in records if record.startswith(begin)]
+        assert promised
+        assert [record for record in records if record.startswith(tuple(VARIABLES.values()))] == promised
+        assert {record: shown.count(record) for record in promised} == Counter(promised)
+    assert len(told) == len(VARIABLES)
 
 
 def test_a_handler_that_prints_there_is_enough_and_one_that_does_not_is_no_reason_for_silence(

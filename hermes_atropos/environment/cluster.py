@@ -115,8 +115,6 @@ def spread(environment: type[HermesEnv], name: str, count: int | None, cores: fl
     """The environment, with actors that roll out its items, as of :func:`serve`. Ray must have been initialised."""
     import ray
 
-    if cores <= 0:
-        raise ConfigurationError(f"--cores {cores:g}: give more than 0")
     there = int(ray.cluster_resources().get("CPU", 0) // cores)  # type: ignore[no-untyped-call]
     if there < (count or 1):
         raise ConfigurationError(
@@ -178,6 +176,8 @@ def serve(name: str, address: str, processes: int | None, cores: float, argument
     Raises:
         ConfigurationError: Ray is not installed, there is no cluster, or it is too small.
     """
+    if cores <= 0:
+        raise ConfigurationError(f"--cores {cores:g}: give more than 0")
     try:
         import ray
     except ImportError as error:
