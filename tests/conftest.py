@@ -12,6 +12,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+# Before numpy is imported. With matrices as small as those of the tests' models, OpenBLAS' threads mostly wait for one
+# another, and keep the cores busy with it.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 from tiny_llama import write_llama
 
 from hermes_atropos.hermes.profile import use_training_profile
