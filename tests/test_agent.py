@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import inspect
 import json
@@ -313,6 +314,21 @@ class TestInterrupt:
         assert result["stop_reason"] is StopReason.INTERRUPTED
         assert not result["trajectory"].success
         until(lambda: server_of(agent).requests[0].cancelled)
+
+    @pytest.mark.parametrize("way", [way for way in ("interrupt", "hard_interrupt") if hasattr(AIAgent, way)])
+    async def test_of_a_task(self, way: str) -> None:
+        asked = threading.Event()
+
+        def model(_: Any) -> Reply:
+            asked.set()
+            return Reply(hang=True)
+
+        agent = agent_on(ScriptedServer(model))
+        async with agent.task() as task:
+            running = asyncio.create_task(task.run("Go."))
+            assert await asyncio.to_thread(asked.wait, LIMIT)
+            await asyncio.to_thread(getattr(agent, way))
+            assert (await asyncio.wait_for(running, LIMIT))["stop_reason"] is StopReason.INTERRUPTED
 
     def test_during_a_tool(self) -> None:
         started = threading.Event()

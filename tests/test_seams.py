@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import run_agent
 from agent import coding_context
+from hermes_cli.config import DEFAULT_CONFIG
 from packaging.version import Version
 from run_agent import AIAgent
 from support import agent_saying, run_script, server_of, terminal
@@ -23,6 +24,7 @@ from hermes_atropos.errors import ConfigurationError, UnsupportedVersionError
 from hermes_atropos.hermes import hooks, seams, versions
 from hermes_atropos.hermes.acting import acting_agent, acting_for
 from hermes_atropos.hermes.agent import AtroposAIAgent
+from hermes_atropos.hermes.profile import AUXILIARY
 from hermes_atropos.hermes.seams import ATTRIBUTES, SEAMS, Seam
 from hermes_atropos.hermes.wrappers import LISTED, REPLACED, WRAPPED
 
@@ -236,6 +238,11 @@ def test_a_tasks_own_folders_are_in_nobodys_project(
             (folder / "Makefile").touch()
             assert find(folder / "deep") == folder
     assert find(tmp_path) == tmp_path
+
+
+def test_in_training_no_kind_of_auxiliary_call_has_a_provider() -> None:
+    given = DEFAULT_CONFIG["auxiliary"].items()
+    assert {kind for kind, told in given if isinstance(told, dict) and "provider" in told} <= set(AUXILIARY)
 
 
 def test_in_training_the_configuration_is_that_of_the_file_and_there_is_no_account(tmp_path: Path) -> None:

@@ -364,6 +364,17 @@ class AtroposAIAgent(Hooks):
             Hooks.interrupt(other, message, *args, **options)
         return super().interrupt(message, *args, **options)
 
+    def hard_interrupt(self, *args: Any, **options: Any) -> Any:
+        """From 0.20: as :meth:`interrupt`."""
+        for other in self._others():
+            Hooks.hard_interrupt(other, *args, **options)
+        return super().hard_interrupt(*args, **options)
+
+    def redirect(self, *args: Any, **options: Any) -> Any:
+        """From 0.20: correct each conversation under way."""
+        others = [Hooks.redirect(other, *args, **options) for other in self._others()]
+        return super().redirect(*args, **options) or any(others)
+
     def switch_model(
         self, new_model: str, new_provider: str = "", api_key: str = "", base_url: str = "", *args: Any, **options: Any
     ) -> None:

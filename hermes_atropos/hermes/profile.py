@@ -64,12 +64,12 @@ auxiliary:
 {auxiliary}
 """
 
-#: The kinds of auxiliary calls in `hermes_cli/config.py`, 0.13 to 0.19.
+#: The kinds of auxiliary calls in `hermes_cli/config.py`, 0.13 to 0.22.
 AUXILIARY = [
     *("approval", "background_review", "compression", "curator", "flush_memories", "goal_judge", "kanban_decomposer"),
     *("mcp", "memory_query_rewrite", "moa_aggregator", "moa_reference", "monitor", "profile_describer"),
-    *("session_search", "skills_hub", "title_generation", "triage_specifier", "tts_audio_tags", "vision"),
-    "web_extract",
+    *("review", "session_search", "skills_hub", "title_generation", "triage_specifier", "tts_audio_tags", "vision"),
+    *("voice_chat", "web_extract"),
 ]
 NOWHERE = "  {}: &nowhere {{provider: custom, base_url: 'inproc://auxiliary.invalid/v1', api_key: none}}"
 ALSO_NOWHERE = "  {}: *nowhere"  # Hermes reads the file for each agent, and this in a third of the time
