@@ -22,7 +22,7 @@ import pytest
 from support import LIMIT, nothing_left, until
 
 from hermes_atropos.cli import main
-from hermes_atropos.errors import ConfigurationError, SandboxUnavailableError
+from hermes_atropos.errors import ConfigurationError, SandboxError, SandboxUnavailableError
 from hermes_atropos.hermes import environments
 from hermes_atropos.hermes.terminal import HermesSandbox
 from hermes_atropos.hermes.walled import WalledSandbox
@@ -337,6 +337,18 @@ class TestCopy:
             sandbox.release()
         assert (folder / "deep" / "file").read_text() == "as it was"
         assert sorted(path.name for path in folder.rglob("*")) == ["deep", "file", "link", "run.sh"]
+
+    @pytest.mark.parametrize("part", ["Wall", "WalledEnvironment"])
+    def test_where_a_part_cannot_be_opened_nothing_is_left(
+        self, folder: Path, part: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*args: Any, **options: Any) -> None:
+            raise SandboxError("not today")
+
+        monkeypatch.setattr(f"hermes_atropos.hermes.walled.{part}", fails)
+        with nothing_left(), pytest.raises(SandboxError, match="not today") as failed:
+            WalledSandbox(workspace=folder, copy=True)
+        assert failed.tb is not None, "which still holds what was opened"
 
     def test_several_of_one_folder(self, folder: Path) -> None:
         with nothing_left():

@@ -103,10 +103,16 @@ class WalledSandbox(HermesSandbox):
         self._nothing.mkdir(parents=True)
         self._mounted = self.workspace  # where walls are started
         self._enter: Sequence[str] = ()  # and how
-        if self._shown is not None:
-            self._show(self._shown, self._folders.root / "overlay")
-        self._wall = Wall(own, {WORKSPACE: (self._mounted, True)}, self._options, enter=self._enter)
-        return WalledEnvironment(self._wall, self._options)
+        with contextlib.ExitStack() as undone:
+            if self._shown is not None:
+                self._show(self._shown, self._folders.root / "overlay")
+            if self._overlay is not None:
+                undone.callback(self._overlay.close)
+            self._wall = Wall(own, {WORKSPACE: (self._mounted, True)}, self._options, enter=self._enter)
+            undone.callback(self._wall.close)
+            environment = WalledEnvironment(self._wall, self._options)
+            undone.pop_all()
+        return environment
 
     def _show(self, folder: Path, changes: Path) -> None:
         """Let the task change what looks like a copy of ``folder``."""
