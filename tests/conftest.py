@@ -28,8 +28,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are cores: many tests wait, for another process or for time to pass."""
-    return (os.cpu_count() or 1) + 2
+    """One more than there are cores: many tests wait, for another process or for time to pass."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_unconfigure() -> None:

@@ -82,11 +82,6 @@ class TestShell:
             sandbox.run(f"export {name}=$(head -c 100000 /dev/zero | tr '\\0' x)")
         assert sandbox.run("echo ${#ONE} ${#TWO}").output == "100000 100000\n"
 
-    def test_a_command_that_interrupts_itself_leaves_the_shell(self, sandbox: HermesSandbox) -> None:
-        first = sandbox.run("echo $$").output
-        assert sandbox.run("echo on; kill -INT $$; echo never").exit_code == 130
-        assert sandbox.run("echo $$").output == first
-
     @given(st.lists(st.sampled_from(COMMANDS), min_size=1, max_size=6))
     @settings(max_examples=20, deadline=None)
     def test_commands_follow_one_another_as_in_hermes_own_shell(self, commands: list[str]) -> None:

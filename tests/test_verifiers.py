@@ -178,7 +178,7 @@ async def test_limits_of_a_command(task: Any) -> None:
     assert (endless.output, endless.exit_code, endless.limit) == ("y\n" * 500, 124, Limit.OUTPUT)
     closed = await task.terminal("exec >&- 2>&-; sleep 1000", timeout=0.2)
     assert closed.limit is Limit.TIME
-    flooded = await task.terminal("yes & echo done", limit_bytes=10_000_000)
+    flooded = await task.terminal("yes & echo done", limit_bytes=500_000_000)
     assert (flooded.exit_code, flooded.limit) == (0, None)
     assert "done\n" in flooded.output
 
