@@ -192,7 +192,7 @@ TOKENIZERS = {family.name: family.tokenizer() for family in FAMILIES}
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=70)
 @given(answers=st.lists(ANSWERS, min_size=1, max_size=4), steps=STEPS, with_tools=st.booleans())
 def test_every_family(family: Family, answers: list[Answer], steps: list[Any], with_tools: bool) -> None:
     run(family, TOKENIZERS[family.name], answers, steps, with_tools=with_tools)
@@ -207,7 +207,7 @@ def known() -> Any:
     return tokenizer
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=70)
 @given(answers=st.lists(ANSWERS, min_size=1, max_size=4), steps=STEPS, with_tools=st.booleans())
 def test_a_model_that_the_library_knows(known: Any, answers: list[Answer], steps: list[Any], with_tools: bool) -> None:
     run(families.QWEN3_FAMILY, known, answers, steps, with_tools=with_tools)
