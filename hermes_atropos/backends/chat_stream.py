@@ -46,7 +46,8 @@ async def answered(server: Any, request: dict[str, Any], listener: ChatHearing |
             listener.grown(whole["choices"][0]["message"])
 
     if client is None:
-        await server.stream(f"{server.base_url}/chat/completions", request | request.pop("extra_body", {}), hear)
+        extra = request.pop("extra_body", {})
+        await server.stream(f"{server.base_url}/chat/completions", request | extra, hear)
     else:
         async with await client.chat.completions.create(**request) as stream:
             async for chunk in stream:

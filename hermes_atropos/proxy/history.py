@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from hermes_atropos.messages import TURN_KEY, Message, text_of
+from hermes_atropos.messages import TURN_KEY, Message, call_function, text_of
 from hermes_atropos.tokens import Turn
 from hermes_atropos.tokens.ledger import call_key, text_key
 
@@ -110,8 +110,9 @@ def says(message: Message, answer: Answer) -> bool:
     if len(calls) != len(given) or text_key(message) != answer.form[0]:
         return False
     return all(
+        call.get("id") == ours["id"]
         # Most harnesses hand the function back as it was.
-        call.get("id") == ours["id"] and (call["function"] == ours["function"] or call_key(call) == call_key(ours))
+        and (call_function(call) == call_function(ours) or call_key(call) == call_key(ours))
         for call, ours in zip(calls, given, strict=True)
     )
 
