@@ -37,7 +37,7 @@ from hermes_atropos.errors import SandboxError
 
 __all__ = ["COMMAND", "SCRIPTS", "Ended", "Launcher", "Request", "Shells"]
 
-#: What a shell evaluates first. Its output are the replies. 9 is a fork's way to tell something, which a command
+#: What a shell evaluates first. What it prints are its replies. 9 is a fork's way to tell something, which a command
 #: doesn't inherit.
 SETUP = r"""
 exec 2>/dev/null
